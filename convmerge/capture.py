@@ -1,0 +1,293 @@
+"""The evidence: what a model really computes on example inputs, as one graph of ATen calls.
+
+``torch.export`` gives true data flow in one operator vocabulary, in-place writes included, and for every
+call the modules it ran in. Where it fails, ``torch.fx`` traces first and the trace is exported, which
+gives the same kind of graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node, map_arg
+from torch.utils import _pytree as pytree
+
+from convmerge.errors import ConvmergeError
+from convmerge.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One call of one module: its canonical path, and a key that tells its calls apart."""
+
+    path: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a module was called, over all of its calls.
+
+    Attributes:
+        unary: every call passed exactly one positional tensor and nothing else, and returned one tensor.
+        calls: number of calls.
+        args, kwargs: the arguments of the first call, tensors replaced by zeros of the same kind.
+    """
+
+    unary: bool
+    calls: int
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Call:
+    """One operator call of the evidence graph.
+
+    Attributes:
+        node: the graph node; its ``meta["val"]`` is a fake tensor with shape and dtype.
+        op: the ATen name without namespace and overload, in-place forms under their plain name (``add``).
+        args: arguments by schema name, defaults filled in; tensors are nodes.
+        stack: the module calls it ran in, outermost first, the root left out.
+        mutates: whether it writes into its first argument.
+        index: position in execution order.
+    """
+
+    node: Node
+    op: str
+    args: dict[str, Any]
+    stack: tuple[Frame, ...]
+    mutates: bool
+    index: int
+
+    @property
+    def path(self) -> str:
+        """Path of the module whose code made the call."""
+        return self.stack[-1].path if self.stack else ""
+
+    @property
+    def leaf(self) -> str:
+        """Where it is, for people: the module path, or the operator inside the root."""
+        return self.path or self.op
+
+
+@dataclass(eq=False)
+class Evidence:
+    """A captured model.
+
+    Attributes:
+        graph: the exported graph; owned by this object.
+        calls: node → call, in execution order (``getitem`` on a tuple result counts as a call of its own).
+        tensors: placeholder of a parameter, buffer or constant → (name, tensor of the captured model).
+        inputs: placeholders of the model's inputs.
+        outputs: nodes that the model returns.
+        signatures: canonical module path → how it was called.
+        traced: whether the model had to be traced by torch.fx before it could be exported.
+    """
+
+    graph: fx.Graph
+    calls: dict[Node, Call]
+    tensors: dict[Node, tuple[str, Tensor]]
+    inputs: list[Node]
+    outputs: set[Node]
+    signatures: dict[str, Signature]
+    traced: bool = False
+
+    def size(self, node: Node) -> tuple[int, ...]:
+        """Shape of a tensor value on the example inputs."""
+        return tuple(int(n) for n in node.meta["val"].shape)
+
+    def dtype(self, node: Node) -> torch.dtype:
+        """Dtype of a tensor value."""
+        dtype: torch.dtype = node.meta["val"].dtype
+        return dtype
+
+
+def is_tensor(node: object) -> bool:
+    """Whether a graph value is one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy that shares no storage with the original; tensors computed with gradients are detached.
+
+    Old-style weight_norm and pruning leave such tensors on their modules, which ``copy.deepcopy`` refuses.
+    """
+    import copy
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def canonical_paths(model: nn.Module) -> dict[str, str]:
+    """Every path under which a module is registered → the first path of that same module."""
+    first: dict[int, str] = {}
+    return {
+        path: first.setdefault(id(module), path)
+        for path, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def capture(model: nn.Module, inputs: Inputs) -> Evidence:
+    """Capture ``model`` (in eval mode) on example inputs; the model and the inputs are not changed.
+
+    Raises ConvmergeError where neither torch.export nor torch.fx can follow the model.
+    """
+    work = copy_model(model).eval()
+    try:
+        return _capture(work, inputs.clone())
+    except Exception as export_error:
+        try:
+            traced = _trace_root(copy_model(model).eval())
+            evidence = _capture(traced, inputs.clone())
+        except Exception:
+            raise ConvmergeError(
+                f"{type(model).__name__} cannot be captured by torch.export: {_first_line(export_error)}",
+                hint="does the model run on these inputs? run with -v for the whole error",
+            ) from export_error
+        evidence.traced = True
+        return evidence
+
+
+def _trace_root(model: nn.Module) -> fx.GraphModule:
+    graph = fx.Tracer().trace(model, concrete_args=plain_defaults(model))
+    return fx.GraphModule(model, graph)
+
+
+def plain_defaults(model: nn.Module) -> dict[str, Any]:
+    """Forward's parameters whose default is None, a bool, a number or a string, with that default."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and isinstance(p.default, bool | int | float | str | None)
+    }
+
+
+def _capture(model: nn.Module, inputs: Inputs) -> Evidence:
+    canonical = canonical_paths(model)
+    with quiet(), _record_calls(model) as recorded, torch.no_grad():
+        program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
+    signatures = {canonical[path]: _signature(calls) for path, calls in recorded.items() if path in canonical}
+    return evidence_of(program, canonical, signatures)
+
+
+def evidence_of(
+    program: torch.export.ExportedProgram, canonical: dict[str, str], signatures: dict[str, Signature]
+) -> Evidence:
+    """Normalise an exported program, whose graph the result owns from then on."""
+    graph = program.graph
+    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    tensors: dict[Node, tuple[str, Tensor]] = {}
+    inputs: list[Node] = []
+    calls: dict[Node, Call] = {}
+    outputs: set[Node] = set()
+    for index, node in enumerate(graph.nodes):
+        if node.op == "placeholder":
+            target = kinds[node.name].target if node.name in kinds else None
+            store = program.state_dict if target in program.state_dict else program.constants
+            value = store.get(target) if target is not None else None
+            if isinstance(value, Tensor):
+                tensors[node] = (str(target), value.detach())
+            else:
+                inputs.append(node)
+        elif node.op == "output":
+            outputs.update(node.all_input_nodes)
+        elif node.op == "call_function":
+            calls[node] = _call(node, index, canonical)
+    return Evidence(graph, calls, tensors, inputs, outputs, signatures)
+
+
+def _call(node: Node, index: int, canonical: dict[str, str]) -> Call:
+    stack = []
+    for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
+        path = path.split("@")[0]
+        if path:
+            stack.append(Frame(canonical.get(path, path), key))
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return Call(node, getattr(node.target, "__name__", str(node.target)), {}, tuple(stack), False, index)
+    args: dict[str, Any] = {}
+    for position, parameter in enumerate(schema.arguments):
+        if position < len(node.args):
+            args[parameter.name] = node.args[position]
+        elif parameter.name in node.kwargs:
+            args[parameter.name] = node.kwargs[parameter.name]
+        else:
+            args[parameter.name] = parameter.default_value
+    name = schema.name.split("::")[-1]
+    mutates = bool(schema.is_mutable)
+    op = name.removesuffix("_") if mutates and not name.startswith("_") else name
+    return Call(node, op, args, tuple(stack), mutates, index)
+
+
+@contextlib.contextmanager
+def _record_calls(model: nn.Module) -> Iterator[dict[str, list[tuple[Any, Any, Any]]]]:
+    """Note the arguments and the result of every module call while the model is traced."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    recorded: dict[str, list[tuple[Any, Any, Any]]] = {}
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # A module that export wraps to follow shared submodules keeps the original's __dict__.
+        path = paths.get(id(module)) or by_dict.get(id(module.__dict__.get("_parameters")))
+        if path is not None:
+            recorded.setdefault(path, []).append((args, kwargs, output))
+
+    by_dict = {id(module.__dict__.get("_parameters")): path for path, module in model.named_modules()}
+    handle = nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)  # type: ignore[call-arg]
+    try:
+        yield recorded
+    finally:
+        handle.remove()
+
+
+def _signature(calls: list[tuple[Any, Any, Any]]) -> Signature:
+    unary = all(
+        len(args) == 1 and isinstance(args[0], Tensor) and not kwargs and isinstance(output, Tensor)
+        for args, kwargs, output in calls
+    )
+    args, kwargs, _ = calls[0]
+    blank = pytree.tree_map_only(
+        Tensor, lambda t: torch.zeros(tuple(int(n) for n in t.shape), dtype=t.dtype), (args, kwargs)
+    )
+    return Signature(unary, len(calls), *blank)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings and log lines of tracing, which say nothing about the user's model."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def nodes_of(value: object) -> list[Node]:
+    """All graph nodes inside an argument, in order."""
+    found: list[Node] = []
+    map_arg(value, found.append)  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,27 @@
+"""From operator calls to affine forms: adding an operator is one function here and one row in its test."""
+
+from __future__ import annotations
+
+from convmerge.capture import Call
+from convmerge.recognise import filters, layout, pointwise  # noqa: F401  (importing registers)
+from convmerge.recognise.steps import (
+    RECOGNISERS,
+    Context,
+    Filter,
+    Passage,
+    Same,
+    Scalar,
+    Step,
+    Sum,
+)
+
+__all__ = ["RECOGNISERS", "Context", "Filter", "Passage", "Same", "Scalar", "Step", "Sum", "recognise"]
+
+
+def recognise(context: Context, call: Call) -> Step | None:
+    """The step that ``call`` is, or None where there is no rule for it.
+
+    Raises Refusal where there is a rule for the operator but not for this use of it.
+    """
+    recogniser = RECOGNISERS.get(call.op)
+    return recogniser(context, call) if recogniser is not None else None

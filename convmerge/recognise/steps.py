@@ -1,0 +1,128 @@
+"""What an operator call can be to the planner, and the registry of recognisers.
+
+A recogniser is one function per operator, registered under its ATen name. It returns a step, None (no rule
+for this use of the operator), or raises Refusal with the reason why this use is not an affine form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx.node import Node
+
+from convmerge.affine import Affine, Geometry
+from convmerge.capture import Call, Evidence
+from convmerge.constants import Constants
+
+
+@dataclass(frozen=True, eq=False)
+class Filter:
+    """target = F(source), an affine form over the channels on ``axis`` and the dimensions after it.
+
+    Attributes:
+        numbers: computes the form in float64; called only when a merge was decided on.
+        kind: the operator in words, for people.
+    """
+
+    source: Node
+    axis: int
+    geometry: Geometry
+    numbers: Callable[[], Affine]
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scalar:
+    """target = factor * source + offset with plain numbers: the same on whatever axis its neighbours use."""
+
+    source: Node
+    factor: float
+    offset: float
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """target = sum of factor_i * term_i over tensors of one shape."""
+
+    terms: tuple[tuple[Node, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """target = source, value for value."""
+
+    source: Node
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """An operator that every channel goes through in the same way and that keeps constants.
+
+    Relayouts, average and adaptive pooling, mean over space, interpolation, non-zero padding modes: any
+    pointwise form with the channels on ``axis`` before it equals the same form with the channels on
+    ``axis_map[axis]`` after it.
+    """
+
+    source: Node
+    axis_map: dict[int, int]
+    kind: str
+
+
+Step = Filter | Scalar | Sum | Same | Passage
+Recogniser = Callable[["Context", Call], Step | None]
+RECOGNISERS: dict[str, Recogniser] = {}
+
+
+def recognises(*ops: str) -> Callable[[Recogniser], Recogniser]:
+    """Register a recogniser under the ATen names ``ops``."""
+
+    def register(function: Recogniser) -> Recogniser:
+        for op in ops:
+            RECOGNISERS[op] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a recogniser may ask about the model."""
+
+    evidence: Evidence
+    constants: Constants
+
+    def constant(self, value: object) -> bool:
+        """Whether an argument is absent, a number, or a value that does not depend on the model's inputs."""
+        return value is None or isinstance(value, bool | int | float) or value in self.constants  # type: ignore[operator]
+
+    def tensor(self, value: object) -> Tensor:
+        """A constant argument as a float64 tensor."""
+        tensor = self.constants.tensor(value)
+        if tensor is None:
+            raise KeyError(value)
+        return tensor
+
+    def shape(self, value: object) -> tuple[int, ...]:
+        """Shape of an argument on the example inputs; () for a number."""
+        return self.evidence.size(value) if isinstance(value, Node) else ()
+
+
+def channelwise_filter(
+    source: Node, axis: int, shape: tuple[int, ...], scale: Callable[[], Tensor] | None,
+    shift: Callable[[], Tensor] | None, kind: str,
+) -> Filter:
+    """scale[c] * x + shift[c] with one number per channel on ``axis`` of a tensor of ``shape``."""
+    channels, spatial = shape[axis], len(shape) - axis - 1
+    geometry = Geometry.channelwise(channels, channels, channels, spatial, bias=shift is not None)
+
+    def numbers() -> Affine:
+        weight = torch.ones(channels, dtype=torch.float64) if scale is None else scale()
+        bias = None if shift is None else shift().expand(channels).contiguous()
+        weight = weight.expand(channels).reshape(channels, 1, *(1 for _ in range(spatial)))
+        return Affine(geometry, weight, bias)
+
+    return Filter(source, axis, geometry, numbers, kind)
