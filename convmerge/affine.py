@@ -8,6 +8,9 @@ spatial dimension::
 
 ``lo`` and ``hi`` are zero padding before and after (negative: crop). Conv, transposed conv, linear, batch
 norm, average pooling, nearest upsampling, pixel shuffle, padding and channel selection are all of this form.
+
+A form may also have a kernel V over a channel of ones, which is 1 inside the input and 0 in its padding. It
+adds sum_t V[t] * 1[down*n + dilation*t - lo], a bias that fades at the borders as the input does.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class Geometry:
         in_channels, out_channels, groups: as in ``torch.nn.Conv2d``.
         kernel, up, down, dilation, lo, hi: one int per spatial dimension; empty for a linear layer.
         bias: whether the bias can differ from zero.
+        ones: whether there is a kernel over a channel of ones.
     """
 
     in_channels: int
@@ -43,6 +47,7 @@ class Geometry:
     lo: Dims
     hi: Dims
     bias: bool = False
+    ones: bool = False
 
     @property
     def spatial(self) -> int:
@@ -65,7 +70,8 @@ class Geometry:
     @property
     def weights(self) -> int:
         """Number of weights, the bias included."""
-        return self.out_channels * (self.in_channels // self.groups * math.prod(self.kernel) + self.bias)
+        inputs = self.in_channels // self.groups + self.ones
+        return self.out_channels * (inputs * math.prod(self.kernel) + self.bias)
 
     @property
     def slack(self) -> Dims:
@@ -84,7 +90,7 @@ class Geometry:
 
     def macs(self, size: Sequence[int]) -> int:
         """Multiply-accumulates for one sample of spatial input size ``size``, stuffed zeros not counted."""
-        taps = self.out_channels * (self.in_channels // self.groups) * math.prod(self.kernel)
+        taps = self.out_channels * (self.in_channels // self.groups + self.ones) * math.prod(self.kernel)
         return taps * math.prod(self.out_size(size)) // math.prod(self.up)
 
     @staticmethod
@@ -105,23 +111,25 @@ class Affine:
         weight: float64, shape (out_channels, in_channels / groups, *kernel), a cross-correlation kernel.
         bias: float64, shape (out_channels,), or (out_channels, *period) where it depends on the output
             position modulo ``period`` (after upsampling), or None.
+        ones: float64, shape (out_channels, *kernel), the kernel over the channel of ones, or None.
     """
 
     geometry: Geometry
     weight: Tensor
     bias: Tensor | None = None
+    ones: Tensor | None = None
 
     def __post_init__(self) -> None:
         g = self.geometry
         shape = (g.out_channels, g.in_channels // g.groups, *g.kernel)
         if tuple(self.weight.shape) != shape:
             raise ValueError(f"weight of shape {tuple(self.weight.shape)} for a form of shape {shape}")
-        if g.bias != (self.bias is not None):
-            raise ValueError("geometry.bias does not say whether there is a bias")
+        if (g.bias, g.ones) != (self.bias is not None, self.ones is not None):
+            raise ValueError("geometry does not say whether there is a bias and a kernel over ones")
 
     def with_bias(self, bias: Tensor | None) -> Affine:
         """The same filter with another bias."""
-        return Affine(replace(self.geometry, bias=bias is not None), self.weight, bias)
+        return Affine(replace(self.geometry, bias=bias is not None), self.weight, bias, self.ones)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to x of shape (N, in_channels, *spatial); the meaning of the form, written for clarity.
@@ -132,18 +140,24 @@ class Affine:
         size = x.shape[2:]
         if min(g.out_size(size), default=1) < 1:
             raise ValueError(f"input of size {tuple(size)} is too small for {g}")
-        for dim, u in enumerate(g.up):
-            x = _zero_stuff(x, dim + 2, u)
-        pads = [p for lo, hi in zip(reversed(g.lo), reversed(g.hi), strict=True) for p in (lo, hi)]
-        x = F.pad(x, pads) if any(pads) else x
-        weight = self.weight.to(x.dtype)
-        if g.spatial == 0:
-            y = torch.einsum("ngi,goi->ngo", x.reshape(len(x), g.groups, -1), weight.reshape(g.groups, -1, weight.shape[1]))
-            y = y.reshape(len(x), g.out_channels)
-        else:
-            conv = (F.conv1d, F.conv2d, F.conv3d)[g.spatial - 1]
-            y = conv(x, weight, stride=g.down, dilation=g.dilation, groups=g.groups)
+        y = _filter(x, self.weight.to(x.dtype), g, g.groups)
+        if self.ones is not None:
+            inside = x.new_ones((1, 1, *size))
+            y = y + _filter(inside, self.ones.unsqueeze(1).to(x.dtype), g, 1)
         return y if self.bias is None else y + tile_bias(self.bias.to(x.dtype), y.shape[2:])
+
+
+def _filter(x: Tensor, weight: Tensor, g: Geometry, groups: int) -> Tensor:
+    """Run the taps ``weight`` over x at the rates and padding of ``g``."""
+    for dim, u in enumerate(g.up):
+        x = _zero_stuff(x, dim + 2, u)
+    pads = [p for lo, hi in zip(reversed(g.lo), reversed(g.hi), strict=True) for p in (lo, hi)]
+    x = F.pad(x, pads) if any(pads) else x
+    if g.spatial == 0:
+        blocks = weight.reshape(groups, -1, weight.shape[1])
+        return torch.einsum("ngi,goi->ngo", x.reshape(len(x), groups, -1), blocks).reshape(len(x), -1)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[g.spatial - 1]
+    return conv(x, weight, stride=g.down, dilation=g.dilation, groups=groups)
 
 
 def tile_bias(bias: Tensor, size: Sequence[int]) -> Tensor:
