@@ -1,0 +1,123 @@
+"""Further inputs to compare two models on, made from the ones given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from convmerge.outputs import shape_text
+
+if TYPE_CHECKING:
+    from convmerge.inputs import Inputs
+
+Sizing = Callable[[Tensor], tuple[int, ...]]
+
+
+def fresh(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """Inputs of the same shapes with other values, see :func:`_redraw`."""
+    return _map(inputs, lambda x: _redraw(x, tuple(x.shape), generator))
+
+
+def another_batch(inputs: Inputs, generator: torch.Generator) -> Inputs | None:
+    """Three samples (two where three were given); None where no tensor has a leading dimension.
+
+    The batch size is the first tensor's leading dimension; the tensors that share it are resized.
+    """
+    batched = [x for x in _tensors(inputs) if x.dim() > 0]
+    if not batched:
+        return None
+    given = batched[0].shape[0]
+    size = 2 if given == 3 else 3
+    return _map(
+        inputs,
+        lambda x: _redraw(
+            x, (size, *x.shape[1:]) if x.dim() and x.shape[0] == given else tuple(x.shape), generator
+        ),
+    )
+
+
+def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
+    """Other spatial sizes, to be tried in turn: smaller and odd, smaller multiples of 32, larger ones.
+
+    Spatial are the dimensions after (batch, channels) of floating-point tensors of three to five dimensions.
+    Odd and unequal sizes come first: they show strides and paddings that even squares hide.
+    """
+    if not any(_is_map(x) for x in _tensors(inputs)):
+        return
+    sizings: tuple[Sizing, ...] = (_smaller_odd, _smaller_32, _larger_32, _double)
+    for size in sizings:
+        sized = _resize(inputs, size, generator)
+        if shapes(sized) != shapes(inputs):
+            yield sized
+
+
+def _resize(inputs: Inputs, size: Sizing, generator: torch.Generator) -> Inputs:
+    return _map(inputs, lambda x: _redraw(x, size(x) if _is_map(x) else tuple(x.shape), generator))
+
+
+def shapes(inputs: Inputs) -> str:
+    """``1×3×224×224, 1×16``: the shapes of the tensors, in order."""
+    return ", ".join(shape_text(x) for x in _tensors(inputs)) or "no tensors"
+
+
+def numel(inputs: Inputs) -> int:
+    """How many numbers the tensors hold together."""
+    return sum(x.numel() for x in _tensors(inputs))
+
+
+def _redraw(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A tensor of the given shape whose values are drawn from those of x.
+
+    So indices stay in range, masks stay masks and images keep their range. A constant floating-point tensor
+    (``torch.zeros`` as an example input) says nothing about its values and would hide most mistakes: it is
+    drawn from the standard normal distribution instead; a single floating-point number is scaled.
+    """
+    if x.numel() == 0:
+        return x.new_zeros(shape)
+    if x.is_floating_point() and x.numel() == 1:
+        scale = 0.5 + torch.rand(shape, generator=generator)
+        return x.reshape(()) * scale.to(x) if bool(x.any()) else torch.randn(shape, generator=generator).to(x)
+    flat = x.detach().reshape(-1)
+    if x.is_floating_point() and bool((flat == flat[0]).all()):
+        return torch.randn(shape, generator=generator).to(x)
+    index = torch.randint(flat.numel(), shape, generator=generator)
+    return flat[index.to(flat.device)]
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
+
+
+def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    args, kwargs = pytree.tree_map_only(Tensor, change, (inputs.args, inputs.kwargs))
+    return dataclasses.replace(inputs, args=args, kwargs=kwargs)
+
+
+def _is_map(x: Tensor) -> bool:
+    return x.is_floating_point() and 3 <= x.dim() <= 5
+
+
+def _resized(x: Tensor, size: Callable[[int, int], int]) -> tuple[int, ...]:
+    """x's shape with size(n, position) for every spatial n above 1."""
+    return (*x.shape[:2], *(size(n, i) if n > 1 else n for i, n in enumerate(x.shape[2:])))
+
+
+def _smaller_odd(x: Tensor) -> tuple[int, ...]:
+    return _resized(x, lambda n, i: max(1, n * (11 - 2 * i) // 16) | 1)
+
+
+def _smaller_32(x: Tensor) -> tuple[int, ...]:
+    return _resized(x, lambda n, i: max(32, n * (3 - i) // 4 // 32 * 32))
+
+
+def _larger_32(x: Tensor) -> tuple[int, ...]:
+    return _resized(x, lambda n, i: (n * 5 // 4 + 31) // 32 * 32)
+
+
+def _double(x: Tensor) -> tuple[int, ...]:
+    return _resized(x, lambda n, i: 2 * n)

@@ -1,0 +1,223 @@
+"""Are two models, or an original site and its merge, the same function?
+
+:func:`probe` looks at one merge in float64 and is the sharp instrument (see :mod:`convmerge.probes`);
+:func:`compare` looks at whole models in their own dtype and judges them by their rounding errors (see
+:mod:`convmerge.errormodel`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from convmerge import errormodel, variants
+from convmerge.errormodel import FAIL, Reading, Reference, Run, Size, call, floating, private
+from convmerge.errors import ConvmergeError
+from convmerge.outputs import Leaves, mismatch
+from convmerge.probes import Probe, bisect, first_line, probe, rounded_once
+from convmerge.report import Comparison, Verification
+
+if TYPE_CHECKING:
+    from convmerge.inputs import Inputs
+
+__all__ = ["FAIL", "WARN", "Probe", "bisect", "compare", "probe", "rounded_once"]
+
+WARN = 4.0  # times the original's own error: the same function, but worth a look
+MORE_SAMPLES = 3  # further inputs run in float64 where the usual two leave doubts
+
+
+def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: bool = True) -> Verification:
+    """Whether b computes what a does, up to rounding, in eval mode; neither model nor the inputs are changed.
+
+    With ``more`` they are also run on other values, on a batch of three and on another spatial size, each
+    only where a runs on it; then b must run too. Float64 runs, which are slow, are spent on the given inputs
+    and on the smallest of these; on the others a's error, relative to the scale of its output, is taken to be
+    the same. Where that makes a ratio suspicious, all are run in float64 as well, and a few more.
+
+    Integer and boolean outputs must be equal, except where rounding decides (an argmax, a sort) in a as well.
+    NaN and infinities must be in the same places, except where a overflows and is finite in float64.
+
+    Raises:
+        ConvmergeError: no verdict: a does not run on the inputs, gives another result each time, or
+            gives nothing finite to compare.
+    """
+    with _random_state_kept():
+        pair = _Pair(private(a), private(b))
+        try:
+            runs, refused = _run_all(pair, inputs, seed, more)
+            reference = errormodel.reference(a, b, runs[0], seed)
+            readings = _read(pair, runs, reference, seed)
+        except _NotEqualError as error:
+            return Verification(False, str(error))
+    return _verdict(runs, readings, refused, reference.note)
+
+
+class _NotEqualError(Exception):
+    """The models differ in a way that is no matter of degree."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    a: nn.Module
+    b: nn.Module
+
+    def run(self, inputs: Inputs) -> Run:
+        """Raises whatever a raises; _NotEqualError where only b does, or its output is built differently."""
+        a = call(self.a, inputs)
+        where = f"on {variants.shapes(inputs)}"
+        try:
+            b = call(self.b, inputs)
+        except Exception as error:
+            raise _NotEqualError(
+                f"the original runs {where}, the other fails: {first_line(error)}"
+            ) from error
+        reason = mismatch(a, b)
+        if reason:
+            raise _NotEqualError(f"{where}, {reason}")
+        return Run(inputs, a, b)
+
+
+def _run_all(pair: _Pair, inputs: Inputs, seed: int, more: bool) -> tuple[list[Run], list[str]]:
+    """The runs, that on the given inputs first, and which variants the original did not accept."""
+    try:
+        first = pair.run(inputs)
+        again = call(pair.a, inputs)
+    except _NotEqualError:
+        raise
+    except Exception as error:
+        raise ConvmergeError(
+            f"the original does not run on {variants.shapes(inputs)}: {first_line(error)}",
+            hint="give inputs that it accepts",
+        ) from error
+    _check_repeatable(first.a, again)
+    _check_informative(first.a)
+    runs, refused = [first], []
+    generator = torch.Generator().manual_seed(seed)
+    batch = variants.another_batch(inputs, generator)
+    kinds = {
+        "other values": iter([variants.fresh(inputs, generator)]),
+        "another batch size": iter([batch] if batch else []),
+        "other spatial sizes": variants.other_sizes(inputs, generator),
+    }
+    for kind, candidates in kinds.items() if more else ():
+        run = _first_accepted(pair, candidates)
+        if run is None:
+            refused.append(kind)
+        else:
+            runs.append(run)
+    return runs, refused
+
+
+def _first_accepted(pair: _Pair, candidates: Iterator[Inputs]) -> Run | None:
+    for inputs in candidates:
+        try:
+            return pair.run(inputs)
+        except _NotEqualError:
+            raise
+        except Exception:  # the original may say anything to a size that it was not made for
+            continue
+    return None
+
+
+def _check_repeatable(once: Leaves, again: Leaves) -> None:
+    """Raise ConvmergeError where two runs on one input differ by more than the order of sums explains."""
+    for name, x in once.items():
+        y = again.get(name)
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
+            same = _about_equal(x, y)
+        else:
+            same = not isinstance(x, Tensor) and x == y
+        if not same:
+            raise ConvmergeError(
+                f"the original is not a function of its inputs: {name} differs in two runs on the same input",
+                hint="take what is random, or keeps a state, out of its forward",
+            )
+
+
+def _about_equal(x: Tensor, y: Tensor) -> bool:
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    x, y = x.nan_to_num(), y.nan_to_num()
+    return Size.of(x - y).over(Size.of(x)).rms <= 64 * torch.finfo(x.dtype).eps
+
+
+def _check_informative(outputs: Leaves) -> None:
+    tensors = [x for x in outputs.values() if isinstance(x, Tensor) and x.numel()]
+    if not any(bool(x.isfinite().any()) for x in tensors):
+        what = "only NaN and infinities" if tensors else "no tensor"
+        raise ConvmergeError(
+            f"the original returns {what} on these inputs", hint="give representative inputs"
+        )
+
+
+def _read(pair: _Pair, runs: list[Run], reference: Reference, seed: int) -> list[Reading]:
+    """Measure the runs; where the usual two readings leave doubts, all of them, and some more that are added.
+
+    Raises _NotEqualError for integers that differ and for misplaced NaN and infinities.
+    """
+    smallest = min(range(len(runs)), key=lambda i: variants.numel(runs[i].inputs))
+    readings = [reference(run) if i in (0, smallest) else Reading(run.a) for i, run in enumerate(runs)]
+    if max(errormodel.ratios(runs, readings)) > WARN or any(map(errormodel.misplaced, runs, readings)):
+        generator = torch.Generator().manual_seed(seed + 1)
+        for _ in range(MORE_SAMPLES):
+            run = _first_accepted(pair, iter([variants.fresh(runs[smallest].inputs, generator)]))
+            runs += [run] if run else []
+        readings += [Reading(run.a) for run in runs[len(readings) :]]
+        readings = [r if r.sample else reference(run) for run, r in zip(runs, readings, strict=True)]
+    for run, reading in zip(runs, readings, strict=True):
+        reason = errormodel.misplaced(run, reading)
+        if reason:
+            raise _NotEqualError(f"on {variants.shapes(run.inputs)}, {reason}")
+    return readings
+
+
+def _verdict(runs: list[Run], readings: list[Reading], refused: list[str], note: str) -> Verification:
+    ratios = errormodel.ratios(runs, readings)
+    worst = max(ratios)
+    comparisons = tuple(map(_comparison, runs, readings, ratios))
+    measured = f"the error is {worst:.2g}× the original's own rounding error"
+    if worst > FAIL:
+        reason = f"{measured} on {comparisons[ratios.index(worst)].inputs}, more than {FAIL:g}×"
+    elif worst > WARN:
+        reason = f"equal, but {measured}, more than the usual {WARN:g}×"
+    elif worst > 0:
+        reason = f"equal up to rounding: {measured}"
+    else:
+        reason = "equal, without any difference on these inputs"
+    if refused:
+        reason += f"; the original does not accept {' and '.join(refused)}"
+    return Verification(worst <= FAIL, f"{reason}; {note}" if note else reason, comparisons)
+
+
+def _comparison(run: Run, reading: Reading, ratio: float) -> Comparison:
+    difference, relative = _distance(run.a, run.b)
+    difference64, relative64 = _distance(reading.truth, reading.b64) if reading.b64 else (None, None)
+    return Comparison(
+        inputs=variants.shapes(run.inputs),
+        difference=difference,
+        relative=relative,
+        difference64=difference64,
+        relative64=relative64,
+        error_ratio=ratio if reading.sample else None,
+    )
+
+
+def _distance(a: Leaves, b: Leaves) -> tuple[float, float]:
+    """max |a - b| over all floating-point outputs, and over max |a|."""
+    apart = [Size.of(errormodel.difference(x, dict(floating(b))[name])).peak for name, x in floating(a)]
+    scale = [Size.of(errormodel.finite(x)).peak for _, x in floating(a)]
+    return max(apart, default=0.0), Size(0.0, max(apart, default=0.0)).over(
+        Size(0.0, max(scale, default=0.0))
+    ).peak
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        yield
