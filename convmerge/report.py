@@ -105,6 +105,7 @@ class Report:
         verification: of the whole model; None if nothing was merged or nothing was run.
         seconds: stage → time taken.
         file_bytes: ``before`` and ``after``, where files are involved.
+        output: the file that was written, or None.
     """
 
     command: str
@@ -119,6 +120,7 @@ class Report:
     verification: Verification | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)
+    output: str | None = None
     schema: int = SCHEMA
 
     def merged(self) -> tuple[SiteReport, ...]:

@@ -1,0 +1,302 @@
+"""The command line: parse, call the Python API, print, exit.
+
+Exit codes: 0 clean, 1 a negative finding, 2 no verdict, 130 interrupted. torch and rich are imported inside
+the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from convmerge import __version__
+from convmerge.errors import ConvmergeError
+from convmerge.options import Choice, Printing, Source, spread, typed
+from convmerge.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from torch import nn
+
+    from convmerge.inputs import Inputs
+    from convmerge.io import ModelFile
+    from convmerge.render import View
+    from convmerge.report import Report
+    from convmerge.terminal import Progress
+
+CLEAN, FINDING, NO_VERDICT, INTERRUPTED = 0, 1, 2, 130
+
+# Typer carries its own copy of click in some versions; this is ClickException in all of them.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+_SAVED = "A model saved by torch.save."
+_Model = Annotated[Path, typer.Argument(metavar="MODEL", help=_SAVED)]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+    help="Make a saved PyTorch model smaller and faster without changing the function it computes.",
+    epilog="Exit codes: 0 clean; 1 merges are left, verification failed or models differ; 2 no verdict.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; every error becomes a line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    terminal = Terminal(verbose=bool({"-v", "--verbose"} & {*words}), as_json="--json" in words)
+    command = typer.main.get_command(app)
+    try:
+        if not words:
+            with contextlib.redirect_stdout(sys.stderr):
+                command.main(["--help"], prog_name="convmerge", standalone_mode=False)
+            return NO_VERDICT
+        code = command.main(words, prog_name="convmerge", standalone_mode=False)
+        return code if isinstance(code, int) else CLEAN
+    except ConvmergeError as error:
+        terminal.fail(error.message, error.hint)
+        return FINDING if isinstance(error, NotSameError) else NO_VERDICT
+    except _UsageError as error:
+        terminal.fail(*_usage(error))
+    except typer.Abort as abort:
+        if not isinstance(abort.__cause__, EOFError):  # what Typer takes for the end of a prompt
+            return INTERRUPTED
+        terminal.fail("internal error: unexpected end of file", _REPORT_IT)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        terminal.fail(f"{error.strerror or error}{place}")
+    except MemoryError:
+        terminal.fail("out of memory", "give a smaller --input")
+    except SystemExit:
+        terminal.fail("the model's own code ended the program")
+    except Exception as error:
+        terminal.fail(f"internal error: {type(error).__name__}: {error}", _REPORT_IT)
+    return NO_VERDICT
+
+
+_REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
+
+
+def _usage(error: Exception) -> tuple[str, str]:
+    message: str = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "convmerge"
+    return message[:1].lower() + message[1:], f"see {command} --help"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"convmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command("inspect")
+@spread
+def inspect_command(path: _Model, source: Source, choice: Choice, printing: Printing) -> int:
+    """Show what could be merged, what not, and why. Writes nothing."""
+    from convmerge import api, render
+
+    report = _planned(api.inspect, path, source, choice, printing)
+    command = _fuse_command(path, source, choice)
+    _print(printing, report, lambda view: render.inspect_parts(report, view, command))
+    return CLEAN
+
+
+@app.command("check")
+@spread
+def check_command(path: _Model, source: Source, choice: Choice, printing: Printing) -> int:
+    """Exit with 1 while a profitable merge is left, for CI. Writes nothing."""
+    from convmerge import api, render
+
+    report = _planned(api.check, path, source, choice, printing)
+    command = _fuse_command(path, source, choice)
+    _print(printing, report, lambda view: render.check_parts(report, view, command))
+    return FINDING if report.merged() else CLEAN
+
+
+@app.command("fuse")
+@spread
+def fuse_command(
+    path: _Model,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Let OUT be MODEL itself.")] = False,
+    source: Source,
+    choice: Choice,
+    printing: Printing,
+) -> int:
+    """Merge, verify, write. Nothing is written unless the result is the same function."""
+    from convmerge import api, io, render
+
+    if output is None and not dry_run:
+        raise ConvmergeError("fuse needs to know what to write", "add -o OUT, or -n to write nothing")
+    with _terminal(printing).working() as progress:
+        clock = Clock()
+        opened, inputs = _open(path, source, progress)
+        clock.lap("load")
+        result = api.fuse(opened.module, inputs, seed=source.seed, progress=progress, **choice.arguments())
+        clock.lap("fuse")
+        verdict = result.report.verification
+        equal = verdict is None or verdict.equal
+        target = None if dry_run or not equal else output
+        if target:
+            progress("write", 0, 0)
+            io.save(result.model, target, like=opened, force=force, verify=_same_as(result.model, inputs))
+            clock.lap("write")
+    report = dataclasses.replace(
+        result.report,
+        model=str(path),
+        seconds=clock.laps | result.report.seconds,
+        file_bytes=_sizes(before=path, after=target),
+        output=str(target) if target else None,
+    )
+    outcome = _outcome(report, equal)
+    _print(printing, report, lambda view: render.fuse_parts(report, view, outcome, clock.total))
+    return CLEAN if equal else FINDING
+
+
+@app.command("verify")
+@spread
+def verify_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help=_SAVED)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    source: Source,
+    printing: Printing,
+) -> int:
+    """Tell whether two models are the same function. Exits with 1 if not."""
+    from convmerge import api, render
+    from convmerge.report import Report
+
+    with _terminal(printing).working() as progress:
+        clock = Clock()
+        first, inputs = _open(a, source, progress)
+        second = source.open(b)
+        clock.lap("load")
+        progress("compare", 0, 0)
+        verdict = api.verify(first.module, second.module, inputs, seed=source.seed)
+        clock.lap("compare")
+    report = Report(
+        "verify",
+        f"{a}, {b}",
+        inputs=inputs.describe(),
+        inputs_inferred=inputs.inferred,
+        verification=verdict,
+        seconds=clock.laps,
+        file_bytes=_sizes(before=a, after=b),
+    )
+    _print(printing, report, lambda view: render.verify_parts(report, view))
+    return CLEAN if verdict.equal else FINDING
+
+
+class NotSameError(ConvmergeError):
+    """What was read back from the written file is not what was fused: a negative finding."""
+
+
+class Clock:
+    """Time by stage."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """``stage`` ends now."""
+        now = time.perf_counter()
+        self.laps[stage] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds up to the last lap."""
+        return self._last - self._start
+
+
+def _terminal(printing: Printing) -> Terminal:
+    return Terminal(quiet=printing.quiet, verbose=printing.verbose, as_json=printing.json)
+
+
+def _open(path: Path, source: Source, progress: Progress) -> tuple[ModelFile, Inputs]:
+    progress("load", 0, 0)
+    opened = source.open(path)
+    return opened, source.example_inputs(opened.module)
+
+
+def _planned(
+    plan: Callable[..., Report], path: Path, source: Source, choice: Choice, printing: Printing
+) -> Report:
+    """Run ``plan``, which is api.inspect or api.check, on a model file."""
+    with _terminal(printing).working() as progress:
+        clock = Clock()
+        opened, inputs = _open(path, source, progress)
+        clock.lap("load")
+        report = plan(opened.module, inputs, progress=progress, **choice.arguments())
+    return dataclasses.replace(
+        report,
+        model=str(path),
+        seconds=clock.laps | report.seconds,
+        file_bytes=_sizes(before=path),
+    )
+
+
+def _same_as(model: nn.Module, inputs: Inputs) -> Callable[[nn.Module], None]:
+    """A check that a model read back from its file still is ``model``. It raises NotSameError."""
+
+    def check(reloaded: nn.Module) -> None:
+        from convmerge.verify import compare
+
+        verdict = compare(model, reloaded, inputs, more=False)
+        if not verdict.equal:
+            raise NotSameError(f"the written file is not the fused model: {verdict.reason}", _REPORT_IT)
+
+    return check
+
+
+def _sizes(**files: Path | None) -> dict[str, int]:
+    return {side: file.stat().st_size for side, file in files.items() if file}
+
+
+def _outcome(report: Report, equal: bool) -> str:
+    if not equal:
+        return "nothing written"
+    if report.output is None:
+        return "dry run: nothing written"
+    return f"wrote {report.output}" if report.merged() else f"wrote the model unchanged to {report.output}"
+
+
+def _fuse_command(path: Path, source: Source, choice: Choice) -> str:
+    """The command that fuses what was inspected."""
+    output = path.with_name(f"{path.stem}-fused{path.suffix}")
+    words = ["convmerge", "fuse", str(path), "-o", str(output), *typed(source, choice)]
+    return shlex.join(words)
+
+
+def _print(printing: Printing, report: Report, parts: Callable[[View], list[RenderableType]]) -> None:
+    """Warnings on stderr, the rest on stdout: as JSON, or as the ``parts`` made for its width."""
+    from convmerge.render import View
+
+    terminal = _terminal(printing)
+    for warning in report.warnings:
+        terminal.warn(warning)
+    terminal.document(report.to_dict())
+    terminal.results(lambda width: parts(View(width, terminal.unicode, printing.verbose)))

@@ -1,0 +1,186 @@
+"""The options that commands share, as dataclasses, and the decorator that spreads them into a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from typer import Option
+
+from convmerge.errors import ConvmergeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from convmerge.inputs import Inputs
+    from convmerge.io import ModelFile
+
+
+class Objective(str, Enum):
+    """What a merge has to reduce."""
+
+    latency = "latency"
+    macs = "macs"
+    params = "params"
+
+
+@dataclass(frozen=True)
+class Source:
+    """How models are loaded and run."""
+
+    input: Annotated[
+        list[str] | None,
+        Option(
+            metavar="SPEC",
+            help="An input of the model, in order: 1,3,224,224 or 1,16:int64 or name=1,3,64,64 or "
+            "name=@FILE.pt (.npy, .npz). Repeatable. Guessed from the first layer if left out.",
+        ),
+    ] = None
+    inputs: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="All inputs: a saved tuple, list or dict of tensors."),
+    ] = None
+    allow: Annotated[
+        list[str] | None,
+        Option(
+            metavar="PKG.MOD[.NAME]",
+            help="Also load the module classes defined in PKG.MOD, or just the one. Repeatable.",
+        ),
+    ] = None
+    trust: Annotated[
+        bool, Option("--trust", help="Load the file without limits. It can run any code: know its source.")
+    ] = False
+    model: Annotated[
+        str | None,
+        Option(metavar="PKG.MOD:FUNC", help="What builds the model, for files with weights alone."),
+    ] = None
+    model_args: Annotated[
+        str | None, Option(metavar="JSON", help="Keyword arguments of that function, as a JSON object.")
+    ] = None
+    seed: Annotated[int, Option(metavar="N", help="Seed of random inputs.")] = 0
+
+    def open(self, path: Path) -> ModelFile:
+        """Load a model file.
+
+        Modules in the current folder can be named, as in Python itself, but do not shadow installed ones.
+        Raises ConvmergeError.
+        """
+        from convmerge.io import open_model
+
+        if self.allow or self.trust or self.model:
+            sys.path.append(os.getcwd())
+        return open_model(
+            path,
+            trust=self.trust,
+            allow=tuple(self.allow or ()),
+            factory=self.model,
+            factory_args=_json_object(self.model_args),
+        )
+
+    def example_inputs(self, model: nn.Module) -> Inputs:
+        """The inputs asked for, or guessed. Raises ConvmergeError."""
+        from convmerge.inputs import parse_inputs
+
+        return parse_inputs(self.input or (), self.inputs, self.seed, model)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which sites are merged."""
+
+    only: Annotated[
+        list[str] | None, Option(metavar="GLOB", help="Merge only sites whose place matches. Repeatable.")
+    ] = None
+    skip: Annotated[
+        list[str] | None, Option(metavar="GLOB", help="Leave sites whose place matches. Repeatable.")
+    ] = None
+    objective: Annotated[Objective, Option(help="What a merge has to reduce.")] = Objective.latency
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the Python API."""
+        return {
+            "only": tuple(self.only or ()),
+            "skip": tuple(self.skip or ()),
+            "objective": self.objective.value,
+        }
+
+
+@dataclass(frozen=True)
+class Printing:
+    """What is printed."""
+
+    json: Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print errors only.")] = False
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="Every site, times, and tracebacks of errors.")
+    ] = False
+
+
+def spread(command: Callable[..., int]) -> Callable[..., int]:
+    """Replace every parameter of ``command`` whose type is a dataclass by the fields of that dataclass."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+            continue
+        field_hints = get_type_hints(groups[name], include_extras=True)
+        for field in dataclasses.fields(groups[name]):
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=field_hints[field.name],
+                )
+            )
+
+    @functools.wraps(command)
+    def spread_command(**values: Any) -> int:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+        return command(**values)
+
+    spread_command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    spread_command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spread_command
+
+
+def typed(*groups: Source | Choice) -> list[str]:
+    """The options that differ from their defaults, as words of a command line."""
+    words = []
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if value in (field.default, [], ()):
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            if value is True:
+                words.append(flag)
+                continue
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                words += [flag, item.value if isinstance(item, Enum) else str(item)]
+    return words
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    hint = """it takes a JSON object, such as --model-args '{"num_classes": 10}'"""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConvmergeError(f"--model-args is not JSON: {error}", hint) from None
+    if not isinstance(value, dict):
+        raise ConvmergeError(f"--model-args is not a JSON object: {text}", hint)
+    return value
