@@ -1,0 +1,208 @@
+"""Inputs from the command line: ``--input`` and ``--inputs``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from convmerge.errors import ConvmergeError
+from convmerge.inputs.infer import infer_inputs
+from convmerge.inputs.random import integer_range, random_tensor
+from convmerge.inputs.values import Inputs, as_inputs, forward_parameters, model_device, model_dtype
+from convmerge.io.pickles import printable
+
+_SYNTAX = "as in --input 1,3,224,224, --input name=1,16:int64 or --input name=@file.npy"
+_SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:@(?P<file>.+)|(?P<shape>[^:@]*)(?::(?P<dtype>\w+))?)")
+_SHAPE = re.compile(r"\d+(?:[,x×]\d+)*,?")
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("float16", "bfloat16", "float32", "float64", "half", "float", "double", "complex64", "complex128"),
+        *("bool", "uint8", "int8", "int16", "int32", "int64", "short", "int", "long"),
+    )
+}
+_MAX_ELEMENTS = 2**33
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One ``--input``, as written: a shape to fill with random values, or a file with the values."""
+
+    text: str
+    name: str | None
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    file: Path | None = None
+
+
+def parse_inputs(specs: Sequence[str], file: Path | None, seed: int, model: nn.Module) -> Inputs:
+    """The model's inputs from ``--input`` texts or an ``--inputs`` file; inferred from the model without either.
+
+    A spec is ``[name=]SHAPE[:dtype]`` with SHAPE as in ``1,3,224,224`` or ``1x3x224x224`` (``scalar`` for a tensor
+    without dimensions), or ``[name=]@FILE[:dtype]`` with a ``.pt``, ``.npy`` or ``.npz`` file. Specs without a name
+    are positional. Values are standard normal; integers lie below the size of the model's smallest embedding, or
+    are 0 and 1; booleans are fair. Floating-point inputs, also from files, take the dtype of the model's
+    parameters unless ``:dtype`` says otherwise.
+
+    Raises:
+        ConvmergeError: a spec cannot be read, or does not fit the parameters of ``forward``.
+    """
+    if specs and file is not None:
+        raise ConvmergeError("--input and --inputs are both given", "pass one of them")
+    if file is not None:
+        inputs = as_inputs(_load_pt(Path(file))).to(model_dtype(model))
+    elif specs:
+        inputs = _from_specs([parse_spec(spec) for spec in specs], seed, model)
+    else:
+        return infer_inputs(model, seed)
+    device = model_device(model)
+    return _fit(inputs.map(lambda tensor: tensor.to(device)), model)
+
+
+def parse_spec(text: str) -> Spec:
+    """Read one ``--input``.
+
+    Raises:
+        ConvmergeError: it is not of the form above.
+    """
+    match = _SPEC.fullmatch(text.strip())
+    if match is None:
+        raise ConvmergeError(f"--input {printable(text)}: neither a shape nor a file", _SYNTAX)
+    name = match["name"]
+    if match["file"] is not None:
+        path, dtype = _split_dtype(match["file"])
+        return Spec(text, name, dtype=dtype, file=Path(path).expanduser())
+    shape = match["shape"].strip().strip("()[]").replace(" ", "")
+    if not _SHAPE.fullmatch(shape) and shape != "scalar":
+        raise ConvmergeError(f"--input {printable(text)}: '{printable(shape)}' is not a shape", _SYNTAX)
+    sizes = tuple(int(size) for size in re.findall(r"\d+", shape))
+    if 0 in sizes or math.prod(sizes) > _MAX_ELEMENTS:
+        problem = "has a size of 0" if 0 in sizes else "is too large"
+        raise ConvmergeError(f"--input {printable(text)}: the shape {problem}", _SYNTAX)
+    return Spec(text, name, sizes, _dtype(match["dtype"], text))
+
+
+def _dtype(name: str | None, text: str) -> torch.dtype | None:
+    if name is None or name in _DTYPES:
+        return None if name is None else _DTYPES[name]
+    close = difflib.get_close_matches(name, _DTYPES, 1)
+    hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(_DTYPES)}"
+    raise ConvmergeError(f"--input {printable(text)}: unknown dtype {name}", hint)
+
+
+def _split_dtype(file: str) -> tuple[str, torch.dtype | None]:
+    path, colon, dtype = file.rpartition(":")
+    return (path, _DTYPES[dtype]) if colon and dtype in _DTYPES else (file, None)
+
+
+def _from_specs(specs: Sequence[Spec], seed: int, model: nn.Module) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    default, high = model_dtype(model), integer_range(model)
+    args: list[Tensor] = []
+    kwargs: dict[str, Any] = {}
+    for spec in specs:
+        if spec.file is not None:
+            value = _load_tensor(spec)
+            dtype = spec.dtype or (default if value.is_floating_point() else value.dtype)
+            value = value.to(dtype)
+        else:
+            value = random_tensor(spec.shape, spec.dtype or default, high, generator)
+        if spec.name is None:
+            args.append(value)
+        elif spec.name in kwargs:
+            raise ConvmergeError(f"--input {spec.name}=… is given twice", "give every input once")
+        else:
+            kwargs[spec.name] = value
+    return Inputs(tuple(args), kwargs)
+
+
+def _load_tensor(spec: Spec) -> Tensor:
+    path = spec.file
+    assert path is not None
+    if path.suffix == ".pt" or path.suffix == ".pth":
+        value = _load_pt(path)
+        if not isinstance(value, Tensor):
+            raise ConvmergeError(
+                f"{path} holds a {type(value).__name__}, not a tensor", f"--inputs {path} for several inputs"
+            )
+        return value
+    if path.suffix in (".npy", ".npz"):
+        return _load_numpy(path, spec.name)
+    raise ConvmergeError(f"--input {printable(spec.text)}: the file is no .pt, .npy or .npz", _SYNTAX)
+
+
+def _load_pt(path: Path) -> Any:
+    """A torch-saved tensor, tuple, list or dict; never runs code from the file."""
+    _check_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (Exception, RecursionError, MemoryError):
+        raise ConvmergeError(
+            f"{path} is no torch-saved tensor, tuple, list or dict of tensors",
+            'make it with torch.save((x, y), "inputs.pt")',
+        ) from None
+
+
+def _load_numpy(path: Path, name: str | None) -> Tensor:
+    _check_file(path)
+    try:
+        data = numpy.load(path, allow_pickle=False)
+        if isinstance(data, Mapping):  # .npz
+            key = name if name in data else next(iter(data), "")
+            if name not in data and len(data) != 1:
+                raise ConvmergeError(
+                    f"{path} holds {len(data)} arrays", "name one: --input NAME=@" + str(path)
+                )
+            data = data[key]
+        return torch.from_numpy(numpy.ascontiguousarray(data))
+    except ConvmergeError:
+        raise
+    except Exception as error:
+        raise ConvmergeError(
+            f"{path} is no readable numpy file: {printable(str(error))}", "make it with numpy.save"
+        ) from None
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ConvmergeError(f"no such file: {path}", "check the path after @ or --inputs")
+
+
+def _fit(inputs: Inputs, model: nn.Module) -> Inputs:
+    """Check the inputs against forward's signature and name the positional ones."""
+    parameters = forward_parameters(model)
+    kinds = {parameter.kind for parameter in parameters}
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in inputs.kwargs:
+            if name not in named:
+                raise _unknown_name(name, named)
+    if inspect.Parameter.VAR_POSITIONAL not in kinds and len(inputs.args) > len(named):
+        raise ConvmergeError(
+            f"{len(inputs.args)} inputs for a forward({', '.join(named)})", "leave some --input out"
+        )
+    for name in named[: len(inputs.args)]:
+        if name in inputs.kwargs:
+            raise ConvmergeError(f"input {name} is given by position and by name", "give every input once")
+    given = {*named[: len(inputs.args)], *inputs.kwargs}
+    missing = [p.name for p in parameters if p.name in named and p.default is p.empty and p.name not in given]
+    if missing:
+        flags = " ".join(f"--input {name}=SHAPE" for name in missing)
+        raise ConvmergeError(f"forward({', '.join(named)}) also needs {', '.join(missing)}", f"add {flags}")
+    return Inputs(inputs.args, inputs.kwargs, inputs.inferred, tuple(named))
+
+
+def _unknown_name(name: str, named: Sequence[str]) -> ConvmergeError:
+    close = difflib.get_close_matches(name, named, 1)
+    hint = f"did you mean {close[0]}?" if close else f"its inputs are: {', '.join(named)}"
+    return ConvmergeError(f"forward has no input named {printable(name)}", hint)

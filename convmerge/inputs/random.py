@@ -1,0 +1,26 @@
+"""Random values for example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, high: int, generator: torch.Generator) -> Tensor:
+    """Standard normal values, integers from 0 to ``high`` - 1, or fair booleans, on the CPU."""
+    if dtype.is_floating_point or dtype.is_complex:
+        # Drawn in double and rounded, so that a seed gives the same numbers in every dtype.
+        draw = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(tuple(shape), dtype=draw, generator=generator).to(dtype)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, tuple(shape), generator=generator).bool()
+    high = min(high, torch.iinfo(dtype).max)
+    return torch.randint(0, high, tuple(shape), generator=generator).to(dtype)
+
+
+def integer_range(model: nn.Module) -> int:
+    """One more than the largest integer every embedding of the model takes; 2 where it has none."""
+    embeddings = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    return max(min((m.num_embeddings for m in embeddings), default=2), 1)

@@ -1,0 +1,25 @@
+"""Model files: telling what they are, loading them safely, writing them atomically."""
+
+from __future__ import annotations
+
+from convmerge.io.check import check_module
+from convmerge.io.contents import Contents, TensorInfo
+from convmerge.io.kinds import FileKind, sniff
+from convmerge.io.load import Container, ModelFile, load, open_model, peek, unwrap
+from convmerge.io.save import check_target, save
+
+__all__ = [
+    "Container",
+    "Contents",
+    "FileKind",
+    "ModelFile",
+    "TensorInfo",
+    "check_module",
+    "check_target",
+    "load",
+    "open_model",
+    "peek",
+    "save",
+    "sniff",
+    "unwrap",
+]

@@ -1,0 +1,201 @@
+"""What a torch.save file holds, told from its pickle without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from convmerge.io.pickles import Global, Node, Pickle, Value, printable
+
+Holds = Literal["module", "graph_module", "state_dict", "checkpoint", "other"]
+
+# Keys under which checkpoints keep the model, the preferred first: of a live and an averaged copy, the averaged
+# one ("ema") is what such checkpoints are evaluated with.
+MODEL_KEYS = ("ema", "model_ema", "model", "net", "network", "module", "state_dict", "generator", "netG")
+
+_WRAPPERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
+_REBUILD = {
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, shape and dtype of a tensor in the file; dtype as in ``float32``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the file says it holds; nothing here has been checked against the bytes of the tensors.
+
+    Attributes:
+        holds: a whole module, a GraphModule, a state_dict, a dict around modules, or something else.
+        title: the same in words, e.g. ``a module of class torchvision.models.resnet.ResNet``.
+        modules: path → class of every module, e.g. ``layer1.0.conv1`` → ``torch.nn.modules.conv.Conv2d``; the
+            root has the empty path, in a checkpoint every path begins with its key.
+        tensors: of the modules or the state_dict, in file order.
+        needs: every class and function the file names, in order of first use.
+    """
+
+    holds: Holds
+    title: str
+    modules: dict[str, str]
+    tensors: tuple[TensorInfo, ...]
+    needs: tuple[str, ...]
+
+
+def summarise(pickle: Pickle) -> Contents:
+    """Describe an inertly read pickle."""
+    root = pickle.root
+    modules: dict[str, str] = {}
+    tensors: list[TensorInfo] = []
+    for path, node in walk_modules(root):
+        modules[path] = class_of(node)
+        tensors += _tensors_of(path, node)
+    if not modules:
+        tensors = list(_named_tensors("", root))
+    holds, title = _classify(root, bool(tensors))
+    return Contents(holds, title, modules, tuple(tensors), tuple(str(name) for name in pickle.globals))
+
+
+def _classify(root: Value, tensors: bool) -> tuple[Holds, str]:
+    if is_graph_module(root):
+        return "graph_module", "a traced module (torch.fx.GraphModule)"
+    if is_module(root):
+        return "module", f"a module of class {class_of(root)}"
+    keys = [key for key, value in _entries(root).items() if is_module(value)]
+    if keys:
+        kept = ", ".join(f"'{printable(key)}': {class_of(_entries(root)[key])}" for key in keys)
+        return "checkpoint", f"a checkpoint dict with a module under {kept}"
+    if tensors:
+        return "state_dict", "a state_dict (tensors without the model's code)"
+    if isinstance(root, Node):
+        return "other", f"a {class_of(root)} and no model" if root.maker else f"a {root.kind} and no model"
+    return "other", f"a {type(root).__name__} and no model"
+
+
+def is_graph_module(node: Value) -> bool:
+    """Whether the value is a pickled GraphModule: a call of one of torch.fx's functions that run its code."""
+    return isinstance(node, Node) and node.kind == "call" and is_graph_maker(node.maker)
+
+
+def is_graph_maker(maker: Value) -> bool:
+    """Whether the function rebuilds a GraphModule from source code."""
+    return isinstance(maker, Global) and maker.module == "torch.fx.graph_module" and "reduce" in maker.name
+
+
+def is_module(node: Value) -> bool:
+    """Whether the value is an instance of an nn.Module class, judged by the attributes every one has."""
+    if is_graph_module(node):
+        return True
+    return (
+        isinstance(node, Node)
+        and node.kind == "object"
+        and {"_modules", "_parameters"} <= _attributes(node).keys()
+    )
+
+
+def class_of(node: Value) -> str:
+    """Dotted name of the class or function an object comes from, or of the Python type of a plain value."""
+    if isinstance(node, Node):
+        return str(node.maker) if isinstance(node.maker, Global) else node.kind
+    return type(node).__name__
+
+
+def _attributes(node: Node) -> dict[str, Value]:
+    """The ``__dict__`` of an object, of a GraphModule the one its rebuilding function is given."""
+    if node.kind == "call" and is_graph_module(node):
+        first = node.args[0] if node.args else None
+        return first.mapping() if isinstance(first, Node) else {}
+    return node.attributes()
+
+
+def _entries(node: Value) -> dict[str, Value]:
+    """Entries of a dict or of a dict-like object."""
+    return node.mapping() if isinstance(node, Node) and node.kind in ("dict", "object", "call") else {}
+
+
+def walk_modules(root: Value) -> Iterator[tuple[str, Node]]:
+    """Every module below ``root`` with its path, each once, parents first; also inside a dict around modules."""
+    seen: set[int] = set()
+    todo: list[tuple[str, Value]] = [("", root)]
+    if not is_module(root):
+        todo = [(printable(key), value) for key, value in reversed(_entries(root).items())]
+    while todo:
+        path, node = todo.pop()
+        if not is_module(node) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield path, node
+        children = _entries(_attributes(node).get("_modules"))
+        todo += [(_join(path, name), child) for name, child in reversed(children.items())]
+
+
+def _tensors_of(path: str, module: Node) -> Iterator[TensorInfo]:
+    for attribute in ("_parameters", "_buffers"):
+        yield from _named_tensors(path, _attributes(module).get(attribute))
+
+
+def _named_tensors(path: str, mapping: Value) -> Iterator[TensorInfo]:
+    for name, value in _entries(mapping).items():
+        found = tensor_info(_join(path, name), value)
+        if found is not None:
+            yield found
+
+
+def tensor_info(name: str, node: Value) -> TensorInfo | None:
+    """Shape and dtype of a pickled tensor or parameter, None if the value is something else."""
+    for _ in range(4):  # a parameter around a tensor
+        if not isinstance(node, Node) or node.kind != "call" or not node.args:
+            return None
+        maker = str(node.maker)
+        if maker in _REBUILD and len(node.args) >= 3:
+            return TensorInfo(name, _ints(node.args[2]), _dtype(node.args[0]))
+        if (
+            maker == "torch._tensor._rebuild_from_type_v2"
+            and len(node.args) >= 3
+            and isinstance(node.args[2], Node)
+        ):
+            node = Node("call", maker=node.args[0], args=tuple(node.args[2].items))
+        elif maker in _WRAPPERS:
+            node = node.args[0]
+        else:
+            return None
+    return None
+
+
+def _ints(node: Value) -> tuple[int, ...]:
+    items = node.items if isinstance(node, Node) else []
+    return tuple(item for item in items if isinstance(item, int))
+
+
+def _dtype(storage: Value) -> str:
+    kind = storage.args[1] if isinstance(storage, Node) and len(storage.args) > 1 else None
+    name = kind.name.removesuffix("Storage") if isinstance(kind, Global) else "?"
+    return _DTYPES.get(name, name.lower())
+
+
+_DTYPES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{printable(name)}" if path else printable(name)
