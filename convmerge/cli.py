@@ -154,6 +154,8 @@ def fuse_command(
     with _terminal(printing).working() as progress:
         clock = Clock()
         opened, inputs = _open(path, source, progress)
+        if output:
+            io.check_target(output, like=opened, force=force)
         clock.lap("load")
         result = api.fuse(opened.module, inputs, seed=source.seed, progress=progress, **choice.arguments())
         clock.lap("fuse")
@@ -167,6 +169,7 @@ def fuse_command(
     report = dataclasses.replace(
         result.report,
         model=str(path),
+        warnings=(*opened.notes, *result.report.warnings),
         seconds=clock.laps | result.report.seconds,
         file_bytes=_sizes(before=path, after=target),
         output=str(target) if target else None,
@@ -201,6 +204,7 @@ def verify_command(
         f"{a}, {b}",
         inputs=inputs.describe(),
         inputs_inferred=inputs.inferred,
+        warnings=(*first.notes, *second.notes),
         verification=verdict,
         seconds=clock.laps,
         file_bytes=_sizes(before=a, after=b),
@@ -254,6 +258,7 @@ def _planned(
     return dataclasses.replace(
         report,
         model=str(path),
+        warnings=(*opened.notes, *report.warnings),
         seconds=clock.laps | report.seconds,
         file_bytes=_sizes(before=path),
     )

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -15,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
-
-from convmerge.errors import ConvmergeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,21 +64,17 @@ class Source:
     seed: Annotated[int, Option(metavar="N", help="Seed of random inputs.")] = 0
 
     def open(self, path: Path) -> ModelFile:
-        """Load a model file.
+        """Load a model file. Raises ConvmergeError."""
+        from convmerge.io import open_model, peek
 
-        Modules in the current folder can be named, as in Python itself, but do not shadow installed ones.
-        Raises ConvmergeError.
-        """
-        from convmerge.io import open_model
-
-        if self.allow or self.trust or self.model:
-            sys.path.append(os.getcwd())
+        contents = peek(path) if self.model and path.is_file() else None
+        weights_alone = contents is None or contents.holds in ("state_dict", "other")
         return open_model(
             path,
             trust=self.trust,
             allow=tuple(self.allow or ()),
-            factory=self.model,
-            factory_args=_json_object(self.model_args),
+            factory=self.model if weights_alone else None,
+            factory_args=self.model_args,
         )
 
     def example_inputs(self, model: nn.Module) -> Inputs:
@@ -171,16 +162,3 @@ def typed(*groups: Source | Choice) -> list[str]:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 words += [flag, item.value if isinstance(item, Enum) else str(item)]
     return words
-
-
-def _json_object(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    hint = """it takes a JSON object, such as --model-args '{"num_classes": 10}'"""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ConvmergeError(f"--model-args is not JSON: {error}", hint) from None
-    if not isinstance(value, dict):
-        raise ConvmergeError(f"--model-args is not a JSON object: {text}", hint)
-    return value
