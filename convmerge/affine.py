@@ -152,7 +152,9 @@ def _filter(x: Tensor, weight: Tensor, g: Geometry, groups: int) -> Tensor:
     for dim, u in enumerate(g.up):
         x = _zero_stuff(x, dim + 2, u)
     pads = [p for lo, hi in zip(reversed(g.lo), reversed(g.hi), strict=True) for p in (lo, hi)]
-    x = F.pad(x, pads) if any(pads) else x
+    if any(pads):
+        # F.pad crops first, and cannot where a crop is longer than the input that padding makes up for.
+        x = F.pad(F.pad(x, [max(p, 0) for p in pads]), [min(p, 0) for p in pads])
     if g.spatial == 0:
         blocks = weight.reshape(groups, -1, weight.shape[1])
         return torch.einsum("ngi,goi->ngo", x.reshape(len(x), groups, -1), blocks).reshape(len(x), -1)
