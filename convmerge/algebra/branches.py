@@ -73,7 +73,7 @@ def split(form: Affine, sizes: Sequence[int]) -> list[Affine]:
     g = form.geometry
     if sum(sizes) != g.in_channels:
         raise ValueError(f"sizes {tuple(sizes)} do not add up to {g.in_channels} channels")
-    weights = expand_groups(form.weight, g.groups, 1).split(list(sizes), dim=1)
+    weights = torch.split(expand_groups(form.weight, g.groups, 1), list(sizes), dim=1)
     parts = [Affine(from_axes(w.shape[1], g.out_channels, 1, axes(g)), w) for w in weights]
     first = from_axes(sizes[0], g.out_channels, 1, axes(g), g.bias, g.ones)
     return [Affine(first, weights[0], form.bias, form.ones), *parts[1:]]
