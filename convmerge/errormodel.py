@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FAIL = 16.0  # times the original's own error: not the same function
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """Both models' outputs, in their own dtype, on one set of inputs."""
 
@@ -48,7 +48,7 @@ class Run:
     b: Leaves
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """What the errors of one run are measured against.
 
@@ -157,17 +157,14 @@ class Nudged:
         return Reading(run.a, sample if same_build(sample, run.a) else None, run.b if in_float64 else None)
 
 
-def reference(a: nn.Module, b: nn.Module, first: Run, seed: int) -> Reference:
-    """The float64 one if there is one and it is any better than the model's own dtype.
-
-    ``first`` is the run that shows whether the original works in float64.
-    """
+def reference(a: nn.Module, b: nn.Module, trial: Run, seed: int) -> Reference:
+    """The float64 one if it beats the model's own dtype and the original runs so on ``trial``."""
     weights = (x for x in (*a.parameters(), *a.buffers()) if x.is_floating_point())
-    if {x.dtype for x in (*weights, *(x for _, x in floating(first.a)))} == {torch.float64}:
+    if {x.dtype for x in (*weights, *(x for _, x in floating(trial.a)))} == {torch.float64}:
         return Nudged(a, seed)
     try:
         made = Float64(a, b)
-        truth = call(made.a, first.inputs.to(torch.float64))
+        truth = call(made.a, trial.inputs.to(torch.float64))
         if all(x.dtype == torch.float64 for _, x in floating(truth)):
             return made
         reason = "it does not keep float64 throughout"

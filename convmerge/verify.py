@@ -50,8 +50,9 @@ def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: 
         pair = _Pair(private(a), private(b))
         try:
             runs, refused = _run_all(pair, inputs, seed, more)
-            reference = errormodel.reference(a, b, runs[0], seed)
-            readings = _read(pair, runs, reference, seed)
+            smallest = min(runs, key=lambda run: variants.numel(run.inputs))
+            reference = errormodel.reference(a, b, smallest, seed)
+            readings = _read(pair, runs, smallest, reference, seed)
         except _NotEqualError as error:
             return Verification(False, str(error))
     return _verdict(runs, readings, refused, reference.note)
@@ -155,17 +156,16 @@ def _check_informative(outputs: Leaves) -> None:
         )
 
 
-def _read(pair: _Pair, runs: list[Run], reference: Reference, seed: int) -> list[Reading]:
-    """Measure the runs; where the usual two readings leave doubts, all of them, and some more that are added.
+def _read(pair: _Pair, runs: list[Run], smallest: Run, reference: Reference, seed: int) -> list[Reading]:
+    """Measure the first and the smallest run; where that leaves doubts, all, and some more that are added.
 
     Raises _NotEqualError for integers that differ and for misplaced NaN and infinities.
     """
-    smallest = min(range(len(runs)), key=lambda i: variants.numel(runs[i].inputs))
-    readings = [reference(run) if i in (0, smallest) else Reading(run.a) for i, run in enumerate(runs)]
+    readings = [reference(run) if run in (runs[0], smallest) else Reading(run.a) for run in runs]
     if max(errormodel.ratios(runs, readings)) > WARN or any(map(errormodel.misplaced, runs, readings)):
         generator = torch.Generator().manual_seed(seed + 1)
         for _ in range(MORE_SAMPLES):
-            run = _first_accepted(pair, iter([variants.fresh(runs[smallest].inputs, generator)]))
+            run = _first_accepted(pair, iter([variants.fresh(smallest.inputs, generator)]))
             runs += [run] if run else []
         readings += [Reading(run.a) for run in runs[len(readings) :]]
         readings = [r if r.sample else reference(run) for run, r in zip(runs, readings, strict=True)]
