@@ -39,8 +39,8 @@ def infer_inputs(model: nn.Module, seed: int) -> Inputs:
 
     1. the size the model states itself (``default_cfg["input_size"]`` of timm models);
     2. for the channels of the first layer in registration order: 64×64 if the model makes a larger map of it
-       (super-resolution), then the common sizes 224, 256, 128, 64, 32, 28, 299, ...; 16 features or tokens where
-       the layer has no spatial size;
+       (super-resolution), then the common sizes 224, 256, 128, 64, 32, 28, 299, ...; 16 features or tokens
+       where the layer has no spatial size;
     3. the same for the next few layers with other channels; images of 3 channels and of 1.
 
     Raises:

@@ -46,13 +46,13 @@ class Spec:
 
 
 def parse_inputs(specs: Sequence[str], file: Path | None, seed: int, model: nn.Module) -> Inputs:
-    """The model's inputs from ``--input`` texts or an ``--inputs`` file; inferred from the model without either.
+    """The model's inputs from ``--input`` texts or an ``--inputs`` file; without either they are inferred.
 
-    A spec is ``[name=]SHAPE[:dtype]`` with SHAPE as in ``1,3,224,224`` or ``1x3x224x224`` (``scalar`` for a tensor
-    without dimensions), or ``[name=]@FILE[:dtype]`` with a ``.pt``, ``.npy`` or ``.npz`` file. Specs without a name
-    are positional. Values are standard normal; integers lie below the size of the model's smallest embedding, or
-    are 0 and 1; booleans are fair. Floating-point inputs, also from files, take the dtype of the model's
-    parameters unless ``:dtype`` says otherwise.
+    A spec is ``[name=]SHAPE[:dtype]`` with SHAPE as in ``1,3,224,224`` or ``1x3x224x224`` (``scalar`` for a
+    tensor without dimensions), or ``[name=]@FILE[:dtype]`` with a ``.pt``, ``.npy`` or ``.npz`` file. Specs
+    without a name are positional. Values are standard normal; integers lie below the size of the model's
+    smallest embedding, or are 0 and 1; booleans are fair. Floating-point inputs, also from files, take the
+    dtype of the model's parameters unless ``:dtype`` says otherwise.
 
     Raises:
         ConvmergeError: a spec cannot be read, or does not fit the parameters of ``forward``.

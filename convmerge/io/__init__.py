@@ -1,11 +1,12 @@
-"""Model files: telling what they are, loading them safely, writing them atomically."""
+"""Model files: telling what they are, loading them safely, writing them whole or not at all."""
 
 from __future__ import annotations
 
 from convmerge.io.check import check_module
 from convmerge.io.contents import Contents, TensorInfo
 from convmerge.io.kinds import FileKind, sniff
-from convmerge.io.load import Container, ModelFile, load, open_model, peek, unwrap
+from convmerge.io.load import load, open_model, peek
+from convmerge.io.model_file import Container, ModelFile, unwrap
 from convmerge.io.save import check_target, save
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The zip container of torch.save, checked before torch reads it."""
+"""The zip container of torch.save, checked before torch unpickles what is in it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sys
 import zipfile
 from typing import IO
 
+import torch
+
 from convmerge.errors import LoadError
-from convmerge.io.pickles import MAX_BYTES, Global, Node, Pickle
+from convmerge.io.pickles import MAX_BYTES, Global, Node, Pickle, printable
 
 _AGAIN = "download or copy it again, or save it again"
 _ITEM_BYTES = {
@@ -18,10 +20,12 @@ _ITEM_BYTES = {
 }
 
 
-def check_archive(file: IO[bytes], name: str) -> tuple[bytes, dict[str, int]]:
-    """Check the members of a torch.save archive against their checksums.
+def read_archive(file: IO[bytes], name: str) -> tuple[bytes, dict[str, int]]:
+    """Check a torch.save archive and read its pickle, without unpickling it.
 
-    torch.load itself reads a file with a flipped weight bit without a word.
+    torch.load itself reads a file with a flipped weight bit without a word; here every member is compared
+    with its checksum. The pickle comes from torch's own zip reader, so that it is the one torch will
+    unpickle.
 
     Returns:
         The bytes of ``data.pkl``, and the size of every storage by its key.
@@ -31,43 +35,47 @@ def check_archive(file: IO[bytes], name: str) -> tuple[bytes, dict[str, int]]:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            return _check_members(archive, name)
+            sizes = _check_members(archive, name)
+        file.seek(0)
+        reader = torch._C.PyTorchFileReader(file)
+        _check_byte_order(
+            reader.get_record("byteorder") if reader.has_record("byteorder") else b"little", name
+        )
+        return reader.get_record("data.pkl"), sizes
     except LoadError:
         raise
     except (
         Exception
-    ) as error:  # zipfile raises BadZipFile, OSError, EOFError, struct.error, NotImplementedError, ...
-        raise LoadError(f"{name} is damaged: {error or type(error).__name__}", _AGAIN) from None
+    ) as error:  # BadZipFile, OSError, EOFError, struct.error, NotImplementedError, RuntimeError
+        reason = printable(str(error).partition("\n")[0] or type(error).__name__)
+        raise LoadError(f"{name} is damaged: {reason}", _AGAIN) from None
 
 
-def _check_members(archive: zipfile.ZipFile, name: str) -> tuple[bytes, dict[str, int]]:
+def _check_members(archive: zipfile.ZipFile, name: str) -> dict[str, int]:
+    """Check everything about the members but their content's meaning; size of every storage by its key."""
     infos = {info.filename: info for info in archive.infolist()}
-    roots = {member.partition("/")[0] for member in infos}
-    if len(infos) != len(archive.infolist()) or len(roots) != 1:
+    root = next(member.removesuffix("data.pkl") for member in infos if member.endswith("/data.pkl"))
+    if len(infos) != len(archive.infolist()) or not all(member.startswith(root) for member in infos):
         raise LoadError(f"{name} is damaged: members of the archive are doubled or lie apart", _AGAIN)
-    root = roots.pop()
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
-        raise LoadError(
-            f"{name} was packed again by a zip program", "unpack with torch.load, and torch.save it again"
-        )
-    if infos[f"{root}/data.pkl"].file_size > MAX_BYTES:
-        raise LoadError(
-            f"the pickle in {name} is larger than {MAX_BYTES >> 20} MB", "no PyTorch model needs that"
-        )
-    broken = archive.testzip()
+        raise LoadError(f"{name} was packed again by a zip program", "torch.load it and torch.save it again")
+    if infos[f"{root}data.pkl"].file_size > MAX_BYTES:
+        raise LoadError(f"the pickle in {name} is over {MAX_BYTES >> 20} MB", "no PyTorch model needs that")
+    # Under torch.serialization.set_crc32_options(False) no checksums are written: every one reads 0.
+    broken = archive.testzip() if any(info.CRC for info in infos.values()) else None
     if broken is not None:
-        raise LoadError(f"{name} is damaged: {broken} does not match its checksum", _AGAIN)
-    order = archive.read(f"{root}/byteorder") if f"{root}/byteorder" in infos else b"little"
-    if order.decode("ascii", "replace") != sys.byteorder:
+        raise LoadError(f"{name} is damaged: {printable(broken)} does not match its checksum", _AGAIN)
+    prefix = f"{root}data/"
+    return {key.removeprefix(prefix): info.file_size for key, info in infos.items() if key.startswith(prefix)}
+
+
+def _check_byte_order(order: bytes, name: str) -> None:
+    """Refuse a foreign byte order: torch swaps the bytes of most dtypes, but not of all."""
+    if order != sys.byteorder.encode():
         raise LoadError(
-            f"{name} was written on a machine of the other byte order",
-            "load and save it on this machine first",
+            f"{name} was written on a machine of another byte order ({printable(repr(order))})",
+            "load it and save it again with torch on this machine",
         )
-    prefix = f"{root}/data/"
-    sizes = {
-        key.removeprefix(prefix): info.file_size for key, info in infos.items() if key.startswith(prefix)
-    }
-    return archive.read(f"{root}/data.pkl"), sizes
 
 
 def check_storages(pickle: Pickle, sizes: dict[str, int], name: str) -> None:
@@ -79,7 +87,7 @@ def check_storages(pickle: Pickle, sizes: dict[str, int], name: str) -> None:
     for storage in pickle.storages:
         key, nbytes = _storage(storage)
         if key not in sizes or nbytes > sizes[key]:
-            raise LoadError(f"{name} is damaged: the numbers of tensor storage {key!r} are missing", _AGAIN)
+            raise LoadError(f"{name} is damaged: it lacks the numbers of storage {printable(key)}", _AGAIN)
 
 
 def _storage(storage: Node) -> tuple[str, int]:

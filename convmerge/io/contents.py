@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from convmerge.errors import LoadError
 from convmerge.io.pickles import Global, Node, Pickle, Value, printable
 
 Holds = Literal["module", "graph_module", "state_dict", "checkpoint", "other"]
 
-# Keys under which checkpoints keep the model, the preferred first: of a live and an averaged copy, the averaged
-# one ("ema") is what such checkpoints are evaluated with.
+# Keys under which checkpoints keep the model, the preferred first: where there is an averaged copy ("ema"),
+# it is the one such checkpoints are evaluated with.
 MODEL_KEYS = ("ema", "model_ema", "model", "net", "network", "module", "state_dict", "generator", "netG")
 
+_MAX_TENSORS = 1_000_000
+_MAX_PATH = 10_000  # characters
 _WRAPPERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _REBUILD = {
     "torch._utils._rebuild_tensor",
@@ -52,20 +55,36 @@ class Contents:
 
 
 def summarise(pickle: Pickle) -> Contents:
-    """Describe an inertly read pickle."""
+    """Describe an inertly read pickle.
+
+    Raises:
+        LoadError: it describes more tensors, or deeper nested modules, than any model has.
+    """
     root = pickle.root
     modules: dict[str, str] = {}
     tensors: list[TensorInfo] = []
     for path, node in walk_modules(root):
         modules[path] = class_of(node)
         tensors += _tensors_of(path, node)
+        if len(tensors) > _MAX_TENSORS or len(path) > _MAX_PATH:
+            raise LoadError("the file describes more modules than any model has", "it is damaged or hostile")
+    key, state = ("", root) if modules else _state_dict(root)
     if not modules:
-        tensors = list(_named_tensors("", root))
-    holds, title = _classify(root, bool(tensors))
+        tensors = list(_named_tensors("", state))
+    holds, title = _classify(root, key, bool(tensors))
     return Contents(holds, title, modules, tuple(tensors), tuple(str(name) for name in pickle.globals))
 
 
-def _classify(root: Value, tensors: bool) -> tuple[Holds, str]:
+def _state_dict(root: Value) -> tuple[str, Value]:
+    """The first dict of tensors: the root itself, or an entry of it with its key."""
+    if not any(True for _ in _named_tensors("", root)):
+        for key, value in _entries(root).items():
+            if any(True for _ in _named_tensors("", value)):
+                return printable(key), value
+    return "", root
+
+
+def _classify(root: Value, key: str, tensors: bool) -> tuple[Holds, str]:
     if is_graph_module(root):
         return "graph_module", "a traced module (torch.fx.GraphModule)"
     if is_module(root):
@@ -75,7 +94,8 @@ def _classify(root: Value, tensors: bool) -> tuple[Holds, str]:
         kept = ", ".join(f"'{printable(key)}': {class_of(_entries(root)[key])}" for key in keys)
         return "checkpoint", f"a checkpoint dict with a module under {kept}"
     if tensors:
-        return "state_dict", "a state_dict (tensors without the model's code)"
+        where = f" under '{key}'" if key else ""
+        return "state_dict", f"a state_dict{where} (tensors without the model's code)"
     if isinstance(root, Node):
         return "other", f"a {class_of(root)} and no model" if root.maker else f"a {root.kind} and no model"
     return "other", f"a {type(root).__name__} and no model"
@@ -123,14 +143,14 @@ def _entries(node: Value) -> dict[str, Value]:
 
 
 def walk_modules(root: Value) -> Iterator[tuple[str, Node]]:
-    """Every module below ``root`` with its path, each once, parents first; also inside a dict around modules."""
+    """Every module below ``root`` with its path, each once, parents first; also those in a dict."""
     seen: set[int] = set()
     todo: list[tuple[str, Value]] = [("", root)]
     if not is_module(root):
         todo = [(printable(key), value) for key, value in reversed(_entries(root).items())]
     while todo:
         path, node = todo.pop()
-        if not is_module(node) or id(node) in seen:
+        if id(node) in seen or not is_module(node):
             continue
         seen.add(id(node))
         yield path, node
@@ -155,7 +175,7 @@ def tensor_info(name: str, node: Value) -> TensorInfo | None:
     for _ in range(4):  # a parameter around a tensor
         if not isinstance(node, Node) or node.kind != "call" or not node.args:
             return None
-        maker = str(node.maker)
+        maker = node.maker.path if isinstance(node.maker, Global) else ""
         if maker in _REBUILD and len(node.args) >= 3:
             return TensorInfo(name, _ints(node.args[2]), _dtype(node.args[0]))
         if (

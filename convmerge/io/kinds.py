@@ -105,7 +105,7 @@ _KINDS = {
         FileKind(
             "html",
             "a web page",
-            "the download link gave a page instead of the file: use the direct link, or log in where one must",
+            "the link gave a page instead of the file: use the direct link, or log in first",
         ),
         FileKind(
             "lfs_pointer", "a git-lfs pointer, not the file itself", "fetch the content with: git lfs pull"
@@ -177,7 +177,7 @@ def _sniff_head(head: bytes) -> FileKind:
     for offset, magic, title in _OTHERS:
         if head[offset:].startswith(magic):
             return FileKind("other", title, _SAVE_WHOLE)
-    # A ModelProto begins with field 1 (ir_version, a small number), then producer_name, opset_import or the graph.
+    # A ModelProto begins with ir_version, a small number, then producer_name, opset_import or the graph.
     if head[:1] == b"\x08" and head[1:2] <= b"\x20" and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42"):
         return _KINDS["onnx"]
     return _sniff_text(head)

@@ -3,70 +3,39 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from convmerge.errors import ConvmergeError, LoadError
-from convmerge.io.archive import check_archive, check_storages
+from convmerge.errors import LoadError
+from convmerge.io.allowed import importable
+from convmerge.io.archive import check_storages, read_archive
 from convmerge.io.check import check_module
-from convmerge.io.contents import MODEL_KEYS, Contents, summarise
+from convmerge.io.contents import Contents, summarise
+from convmerge.io.factory import make_factory
 from convmerge.io.kinds import FileKind, sniff
+from convmerge.io.model_file import Container, ModelFile, find_module
 from convmerge.io.pickles import Pickle, printable, read_pickle
 from convmerge.io.state import load_state, read_safetensors, state_dict_in
-from convmerge.io.trust import import_named, importable, resolve
+from convmerge.io.trust import resolve
 
 
-@dataclass(frozen=True)
-class Container:
-    """How the module was wrapped in the file, so that it can be written back alike.
-
-    Attributes:
-        document: the dict around the module, None where the file is the module itself.
-        key: where in ``document`` the module lies.
-    """
-
-    document: dict[str, Any] | None = None
-    key: str = ""
-
-    def wrap(self, model: nn.Module) -> Any:
-        """What to save: the module, or a copy of the dict with only the module replaced."""
-        if self.document is None:
-            return model
-        document = type(self.document)(self.document)
-        document[self.key] = model
-        return document
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """A model with the file it came from.
-
-    Attributes:
-        module: the model, on the CPU, in the dtype and train/eval mode it was saved in.
-        container: how to write it back.
-        path: the file.
-        describe: what the file is, in words.
-        notes: what the user should know, a sentence each: which of several modules was taken, what was unwrapped.
-    """
-
-    module: nn.Module
-    container: Container
-    path: Path
-    describe: str
-    notes: tuple[str, ...] = ()
-
-
-def load(path: str | os.PathLike[str], **options: Any) -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    allow: Sequence[str] = (),
+    factory: str | None = None,
+    factory_args: dict[str, Any] | str | None = None,
+) -> nn.Module:
     """The module in a file; arguments and errors as in :func:`open_model`."""
-    return open_model(path, **options).module
+    return open_model(path, trust=trust, allow=allow, factory=factory, factory_args=factory_args).module
 
 
 def open_model(
@@ -85,8 +54,8 @@ def open_model(
         factory: ``pkg.mod:callable`` that builds the architecture for a file that holds only tensors.
         factory_args: keyword arguments for it, a dict or JSON.
 
-    With any of ``trust``, ``allow`` and ``factory``, modules in the current directory and in the file's own can be
-    imported; installed packages of the same name come first.
+    With any of ``trust``, ``allow`` and ``factory``, modules in the current directory and in the file's own
+    can be imported while the file is opened; installed packages of the same name come first.
 
     Raises:
         LoadError: the file cannot be read as a model, or needs more trust than it was given.
@@ -94,14 +63,14 @@ def open_model(
     path = Path(path)
     named = trust or bool(allow) or factory is not None
     with importable(*((Path.cwd(), path.resolve().parent) if named else ())):
-        document, what = _read(path, trust, tuple(allow))
+        document, describe = _read(path, trust, tuple(allow))
         if factory is not None:
-            build = _factory(factory, factory_args)
-            state, notes = state_dict_in(document, str(path))
-            module, more = load_state(build, state, str(path))
-            file = ModelFile(module, Container(), path, what, (*notes, *more))
+            state, where = state_dict_in(document, str(path))
+            module, changes = load_state(make_factory(factory, factory_args), state, str(path))
+            whole = "writes a whole module, since a merged model no longer fits the architecture's state_dict"
+            file = ModelFile(module, Container(), path, describe, (*where, *changes, whole))
         else:
-            file = _find_module(document, path, what)
+            file = find_module(document, path, describe)
     check_module(file.module, untrusted=not trust)
     return file
 
@@ -132,160 +101,75 @@ def _read(path: Path, trust: bool, allow: tuple[str, ...]) -> tuple[Any, str]:
     with path.open("rb") as file:
         pickle = _inert(file, path, kind)
         contents = summarise(pickle)
-        file.seek(0)
-        document = _unpickle(file, path) if trust else _unpickle_safely(file, path, kind, pickle, allow)
+        if trust:
+            document = _unpickle(file, path, safely=False)
+        elif kind.name == "torch_legacy":
+            document = _unpickle_legacy(file, path, contents)
+        else:
+            document = _unpickle_safely(file, path, pickle, allow)
     return document, f"{kind.title} with {contents.title}"
 
 
 def _inert(file: IO[bytes], path: Path, kind: FileKind) -> Pickle:
-    """Read the file's main pickle inertly, after the container has been checked."""
-    if kind.name == "torch_zip":
-        data, sizes = check_archive(file, str(path))
-        pickle = read_pickle(data)
-        check_storages(pickle, sizes, str(path))
-        return pickle
-    stream = io.BytesIO(file.read())
-    for _ in range(3):  # magic number, protocol, byte order and sizes of the writing machine
-        read_pickle(stream)
-    return read_pickle(stream)
-
-
-def _unpickle_safely(
-    file: IO[bytes], path: Path, kind: FileKind, pickle: Pickle, allow: tuple[str, ...]
-) -> Any:
+    """Read the file's main pickle inertly, after its container has been checked."""
     if kind.name == "torch_legacy":
-        if summarise(pickle).holds != "state_dict":
-            raise LoadError(
-                f"{path} is a whole model {kind.title.removeprefix('a torch.save file ')}",
-                "such a file loads only by running its code: pass --trust if you made it, or save it again",
-            )
-        return _torch_load(file, path, weights_only=True)
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    classes = resolve(pickle, unknown, allow)
+        for _ in range(3):  # magic number, protocol version, byte order and word sizes
+            read_pickle(file)
+        return read_pickle(file)
+    data, sizes = read_archive(file, str(path))
+    pickle = read_pickle(io.BytesIO(data))
+    check_storages(pickle, sizes, str(path))
+    return pickle
+
+
+def _unpickle_safely(file: IO[bytes], path: Path, pickle: Pickle, allow: tuple[str, ...]) -> Any:
     file.seek(0)
-    with torch.serialization.safe_globals(classes):
-        return _torch_load(file, path, weights_only=True)
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:
+        raise LoadError(
+            f"{path} is pickled in a way that cannot be loaded safely (protocol {pickle.protocol})",
+            "save it again without pickle_protocol=, or pass --trust if you made this file",
+        ) from None
+    with torch.serialization.safe_globals(resolve(pickle, unknown, allow)):
+        return _unpickle(file, path, safely=True)
 
 
-def _unpickle(file: IO[bytes], path: Path) -> Any:
-    return _torch_load(file, path, weights_only=False)
+def _unpickle_legacy(file: IO[bytes], path: Path, contents: Contents) -> Any:
+    if contents.holds != "state_dict":
+        raise LoadError(
+            f"{path} holds {contents.title} in the format from before torch 1.6, which only loads unsafely",
+            "pass --trust if you made this file, or load and save it again with a newer torch",
+        )
+    return _unpickle(file, path, safely=True)
 
 
-def _torch_load(file: IO[bytes], path: Path, *, weights_only: bool) -> Any:
+def _unpickle(file: IO[bytes], path: Path, *, safely: bool) -> Any:
     """torch.load on the CPU, with one readable error for the dozen exceptions it can raise."""
+    file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=weights_only)
+            return torch.load(file, map_location="cpu", weights_only=safely)
     except ModuleNotFoundError as error:
         raise LoadError(
             f"{path} needs the module {error.name}, which is not installed",
             "install it, or run in the directory of its .py file",
         ) from error
-    except (Exception, RecursionError, MemoryError) as error:
-        reason = printable(str(error).partition("\n")[0] or type(error).__name__)
-        raise LoadError(
-            f"{path} cannot be unpickled: {reason}", "save it again with torch.save(model, path)"
-        ) from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
-def _find_module(document: Any, path: Path, what: str) -> ModelFile:
-    """Pick the module out of what the file holds."""
-    if isinstance(document, nn.Module):
-        return _unwrapped(document, Container(), path, what, ())
-    if not isinstance(document, dict):
-        raise LoadError(
-            f"{path} holds a {type(document).__name__}, not a model",
-            "save the model: torch.save(model, path)",
-        )
-    keys = [key for key, value in document.items() if isinstance(key, str) and isinstance(value, nn.Module)]
-    if not keys:
-        state_dict_in(document, str(path))  # raises where there is not even that
-        raise LoadError(
-            f"{path} holds tensors only (a state_dict), not the model's architecture",
-            "pass --model pkg.mod:factory, a callable that builds the model (arguments: --model-args '{...}')",
-        )
-    key = min(keys, key=lambda k: MODEL_KEYS.index(k) if k in MODEL_KEYS else len(MODEL_KEYS))
-    notes: tuple[str, ...] = ()
-    if len(keys) > 1:
-        others = ", ".join(f"'{printable(k)}'" for k in keys if k != key)
-        notes = (f"the checkpoint holds several modules: took '{printable(key)}', left {others} as it is",)
-    return _unwrapped(document[key], Container(document, key), path, what, notes)
-
-
-def _unwrapped(
-    module: nn.Module, container: Container, path: Path, what: str, notes: tuple[str, ...]
-) -> ModelFile:
-    inner, wrappers = unwrap(module)
-    for wrapper in wrappers:
-        notes = (*notes, f"unwrapped {wrapper}: the output is the model itself")
-    return ModelFile(inner, container, path, what, notes)
-
-
-def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile wrappers, and what was taken off."""
-    wrappers: list[str] = []
-    while True:
-        kind = type(model)
-        if kind.__module__.startswith("torch.nn.parallel.") and isinstance(
-            model._modules.get("module"), nn.Module
-        ):
-            inner = model._modules["module"]
-        elif kind.__module__ == "torch._dynamo.eval_frame" and kind.__name__ == "OptimizedModule":
-            inner = model._modules.get("_orig_mod")
-        else:
-            return model, tuple(wrappers)
-        if inner is None or len(wrappers) > 8:
-            raise LoadError(f"a {kind.__name__} without a model in it")
-        wrappers.append(kind.__name__ if kind.__name__ != "OptimizedModule" else "torch.compile")
-        model = inner
-
-
-def _factory(spec: str, arguments: dict[str, Any] | str | None) -> Callable[[], nn.Module]:
-    """The callable ``pkg.mod:name`` with its arguments bound."""
-    module_name, colon, name = spec.partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
-        raise ConvmergeError(
-            f"--model {printable(spec)}: not of the form pkg.mod:callable",
-            "as in --model torchvision.models:resnet18",
-        )
-    module = import_named(module_name)
-    if module is None:
-        raise LoadError(
-            f"--model {spec}: there is no module {module_name}",
-            "run where it is installed, or in the directory of its .py file",
-        )
-    build: Any = module
-    for part in name.split("."):
-        build = getattr(build, part, None)
-    if not callable(build):
-        raise LoadError(f"--model {spec}: {module_name} has no callable {name}")
-    kwargs = _json_arguments(arguments)
-
-    def make() -> nn.Module:
-        try:
-            model = build(**kwargs)
-        except Exception as error:
-            reason = printable(f"{type(error).__name__}: {error}")
-            raise LoadError(
-                f"--model {spec} fails: {reason}", "give its arguments with --model-args '{\"name\": value}'"
-            ) from error
-        if not isinstance(model, nn.Module):
-            raise LoadError(f"--model {spec} gave a {type(model).__name__}, not a module")
-        return model
-
-    return make
-
-
-def _json_arguments(arguments: dict[str, Any] | str | None) -> dict[str, Any]:
-    if not isinstance(arguments, str):
-        return dict(arguments or {})
-    try:
-        value = json.loads(arguments)
-    except ValueError as error:
-        raise ConvmergeError(
-            f"--model-args is no JSON: {error}", "as in --model-args '{\"num_classes\": 10}'"
-        ) from None
-    if not isinstance(value, dict):
-        raise ConvmergeError("--model-args is no JSON object", "as in --model-args '{\"num_classes\": 10}'")
-    return value
+def _unreadable(path: Path, error: Exception) -> LoadError:
+    text = str(error)
+    if lost := re.match(r"Can't get attribute '(.+?)' on <module '(.+?)'", text):
+        name, module = printable(lost[1]), printable(lost[2])
+        if module == "__main__":
+            hint = "move the class into a .py file of its own, import it from there and save the model again"
+            return LoadError(f"{path} needs the class {name} of the script that saved it", hint)
+        hint = f"install the version of {module} the model was saved with"
+        return LoadError(f"{path} needs the class {module}.{name}, which is not there", hint)
+    # torch wraps the reason of a safe load in advice to load unsafely.
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    reason = printable(reason or type(error).__name__)
+    return LoadError(f"{path} cannot be unpickled: {reason}", "save it again with torch.save(model, path)")

@@ -1,25 +1,24 @@
 """Read a pickle without running it.
 
-The pickle machine is small: a stack, a memo, and some sixty instructions. Here every instruction builds an inert
-:class:`Node` instead of importing or calling anything, so the result says what the pickle *would* make. The
-standard library's ``pickletools.genops`` decodes the instructions.
+The pickle machine is small: a stack, a memo, and some sixty instructions. Here every instruction builds an
+inert :class:`Node` instead of importing or calling anything, so the result says what the pickle *would* make.
+The standard library's ``pickletools.genops`` decodes the instructions.
 """
 
 from __future__ import annotations
 
-import io
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from convmerge.errors import LoadError
 
 MAX_BYTES = 256 * 2**20
 MAX_STEPS = 10_000_000
-# Nested tuples are hashed and freed by recursion: a file can use that to exhaust the interpreter's stack or to
-# hash exponentially many elements. torch.save nests tuples three deep.
+# Nested tuples are hashed by recursion: a file can use that to exhaust the interpreter's stack, or to hash
+# exponentially many elements. torch.save nests tuples three deep.
 MAX_TUPLE_DEPTH = 100
 MAX_TUPLE_WEIGHT = 1_000_000
 
@@ -33,8 +32,13 @@ class Global:
     module: str
     name: str
 
+    @property
+    def path(self) -> str:
+        """Dotted path, as it stands in the file; ``str()`` of it is safe to print."""
+        return f"{self.module}.{self.name}"
+
     def __str__(self) -> str:
-        return printable(f"{self.module}.{self.name}")
+        return printable(self.path)
 
 
 def printable(text: str, limit: int = 120) -> str:
@@ -48,8 +52,8 @@ class Node:
     """One composite value, inert.
 
     Attributes:
-        kind: ``object`` was instantiated without its constructor, ``call`` is the result of calling ``maker``,
-            ``storage`` is a reference to bytes outside the pickle.
+        kind: ``object`` was instantiated without its constructor, ``call`` is the result of calling
+            ``maker``, ``storage`` is a reference to bytes outside the pickle.
         items: elements of a list, tuple or set, and what was appended to an object or call result.
         pairs: keys and values of a dict, and what was set by key in an object or call result.
         maker: class or function an object or call comes from.
@@ -92,6 +96,7 @@ class Pickle:
         calls: every call it makes, in order.
         objects: every object it instantiates without calling, in order.
         storages: every reference to bytes outside the pickle.
+        protocol: version of the pickle format; torch.save writes 2.
     """
 
     root: Value = None
@@ -99,24 +104,19 @@ class Pickle:
     calls: list[Node] = field(default_factory=list)
     objects: list[Node] = field(default_factory=list)
     storages: list[Node] = field(default_factory=list)
+    protocol: int = 0
 
 
-def read_pickle(data: bytes | io.BytesIO) -> Pickle:
-    """Evaluate one pickle inertly; a BytesIO is left just behind it.
+def read_pickle(stream: IO[bytes]) -> Pickle:
+    """Evaluate one pickle inertly; the stream is left just behind it.
 
     Raises:
-        LoadError: not a pickle, cut short, larger than the limits, or using an instruction torch.save never does.
+        LoadError: not a pickle, cut short, larger than the limits, or with an instruction torch.save never
+        uses.
     """
-    stream = io.BytesIO(data) if isinstance(data, bytes) else data
-    if stream.getbuffer().nbytes > MAX_BYTES:
-        raise LoadError(
-            f"the pickle in the file is larger than {MAX_BYTES >> 20} MB", "no PyTorch model needs that"
-        )
     machine = _Machine()
     try:
         return machine.run(stream)
-    except LoadError:
-        raise
     except (
         Exception
     ) as error:  # malformed pickles surface as ValueError, IndexError, KeyError, TypeError, ...
@@ -133,10 +133,11 @@ class _Machine:
         self.memo: dict[int, Value] = {}
         self.found = Pickle()
 
-    def run(self, stream: io.BytesIO) -> Pickle:
+    def run(self, stream: IO[bytes]) -> Pickle:
+        start = stream.tell()
         for step, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
-            if step > MAX_STEPS:
-                raise ValueError(f"more than {MAX_STEPS:,} instructions")
+            if step > MAX_STEPS or stream.tell() - start > MAX_BYTES:
+                raise ValueError("it is larger than any model needs")
             if opcode.name == "STOP":
                 self.found.root = self.stack.pop()
                 return self.found
@@ -208,8 +209,13 @@ def _literal(m: _Machine, arg: Any) -> None:
     m.push(arg)
 
 
-@_step("PROTO", "FRAME")
-def _ignore(m: _Machine, arg: Any) -> None:
+@_step("PROTO")
+def _protocol(m: _Machine, arg: int) -> None:
+    m.found.protocol = max(m.found.protocol, arg)
+
+
+@_step("FRAME")
+def _frame(m: _Machine, arg: Any) -> None:
     pass
 
 

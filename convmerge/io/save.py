@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from convmerge.errors import ConvmergeError
-from convmerge.io.load import Container, ModelFile
+from convmerge.io.model_file import Container, ModelFile
 from convmerge.io.pickles import printable
 
 _SUFFIXES = (".pt", ".pth")
@@ -31,11 +31,12 @@ def save(
 ) -> None:
     """Write ``model`` to ``path`` in one step: a reader sees the old file or the whole new one.
 
-    The bytes go to a temporary file in the same directory, which is synced, loaded again and handed to ``verify``,
-    and only then renamed. On any error, an interrupt included, the temporary file goes and the target stays.
+    The bytes go to a temporary file in the same directory, which is synced, loaded again and handed to
+    ``verify``, and only then renamed. On any error, an interrupt included, the temporary file goes and the
+    target stays.
 
-    An existing regular file is overwritten and its permissions are kept; a symbolic link stays one, and the file it
-    points to is replaced.
+    An existing regular file is overwritten and its permissions are kept; a symbolic link stays one, and the
+    file it points to is replaced.
 
     Args:
         like: the file the model came from; a checkpoint dict is written back with only its module replaced.
@@ -50,8 +51,8 @@ def save(
     _plain_tracers(model)
     with _replacing(target) as file:
         _write(container.wrap(model), file, target)
-        # These bytes were pickled by this process from objects it already runs, so loading them without limits
-        # runs nothing new; the limits of open_model are for files that come from elsewhere.
+        # These bytes were pickled by this process from objects it already runs, so loading them without
+        # limits runs nothing new; the limits of open_model are for files that come from elsewhere.
         document = _reload(file, target)
         module = document if container.document is None else document[container.key]
         if verify is not None:
@@ -107,18 +108,21 @@ def _replacing(target: Path) -> Iterator[IO[bytes]]:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise _cannot_write(target, error) from error
-    temporary = Path(name)
+    file = os.fdopen(handle, "w+b")
     try:
-        with open(handle, "w+b") as file:
-            yield file
+        yield file
         try:
-            temporary.chmod(_mode(target))
-            os.replace(temporary, target)
-            _sync_directory(target.parent)
+            file.close()
+            os.chmod(name, _mode(target))
+            os.replace(name, target)
         except OSError as error:
             raise _cannot_write(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        _sync_directory(target.parent)
+    except BaseException:
+        with suppress(OSError):  # closing writes what is buffered, which a full disk refuses once more
+            file.close()
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _write(document: Any, file: IO[bytes], target: Path) -> None:
