@@ -1,4 +1,4 @@
-"""The model files in fixtures/ are what their script makes, and convmerge does to them what they are there for."""
+"""The model files in fixtures/ are what their script makes, and merge into what they are there to show."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def test_the_script_is_deterministic(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_file_is_what_the_script_makes(
-    name: str, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_what_the_script_makes(name: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not byte for byte: other versions of torch pickle other attributes.
     kept, new = load(ROOT / "fixtures" / name, monkeypatch), load(made / name, monkeypatch)
     if isinstance(kept, nn.Module):
