@@ -10,7 +10,8 @@ tensor of the output by itself:
   local; the larger ratio counts;
 - relative to the tensor's scale, and with the original's error never below one unit in the last place of it:
   where the original happens to be exact, another model that is off by a few units is none the worse;
-- the original's error pooled over several inputs, because a single number can be right by luck.
+- the original's error on this input or the median of those on several, whichever is larger, because a single
+  number can be right by luck.
 
 Without a float64 run (the model forces float32 somewhere, or is in float64 already) the truth is the
 original itself, and the error that a right model may have is that of the original with every weight moved by
@@ -78,6 +79,11 @@ class Size:
         peak = x.max().item()
         rms = peak * (x / peak).square().mean().sqrt().item() if 0 < peak < math.inf else peak
         return Size(rms, peak)
+
+    @staticmethod
+    def median(sizes: Iterable[Size]) -> Size:
+        sizes = list(sizes) or [Size(0.0, 0.0)]
+        return Size(statistics.median(s.rms for s in sizes), statistics.median(s.peak for s in sizes))
 
     def over(self, other: Size) -> Size:
         """Both relative to those of ``other``; 0 over 0 is 0."""
@@ -199,22 +205,18 @@ def _leaf_ratios(name: str, runs: Sequence[Run], readings: Sequence[Reading]) ->
     """For every run that has this output, and where the models differ in it: its number and the ratio."""
     outputs = {i: _tensor(name, run.a) for i, run in enumerate(runs) if name in run.a}
     sizes = {i: Size.of(finite(x)) for i, x in outputs.items()}
-    typical = Size(
-        statistics.median(s.rms for s in sizes.values()), statistics.median(s.peak for s in sizes.values())
-    )
-    own: list[Size] = []
+    typical = Size.median(sizes.values())
+    own: dict[int, Size] = {}
     other: dict[int, Size] = {}
     for i, size in sizes.items():
         scale, truth, sample = size.at_least(typical), _tensor(name, readings[i].truth), readings[i].sample
+        if sample is not None:
+            own[i] = Size.of(difference(_tensor(name, sample), truth)).over(scale)
         if not torch.equal(outputs[i], _tensor(name, runs[i].b)):
             other[i] = Size.of(difference(_tensor(name, runs[i].b), truth)).over(scale)
-        if sample is not None:
-            own.append(Size.of(difference(_tensor(name, sample), truth)).over(scale))
     ulp = max(torch.finfo(x.dtype).eps for x in outputs.values())
-    pooled = Size(
-        math.sqrt(statistics.fmean([s.rms**2 for s in own] or [0.0])), max((s.peak for s in own), default=0.0)
-    ).at_least(Size(ulp, ulp))
-    return [(i, size.over(pooled).larger) for i, size in other.items()]
+    least = Size.median(own.values()).at_least(Size(ulp, ulp))
+    return [(i, size.over(own.get(i, least).at_least(least)).larger) for i, size in other.items()]
 
 
 def misplaced(run: Run, reading: Reading) -> str | None:
