@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convmerge import __version__
-from convmerge.errors import ConvmergeError
+from convmerge.errors import ConvmergeError, LoadError
 from convmerge.options import Choice, Printing, Source, spread, typed
 from convmerge.terminal import Terminal
 
@@ -114,7 +114,11 @@ def inspect_command(path: _Model, source: Source, choice: Choice, printing: Prin
     """Show what could be merged, what not, and why. Writes nothing."""
     from convmerge import api, render
 
-    report = _planned(api.inspect, path, source, choice, printing)
+    try:
+        report = _planned(api.inspect, path, source, choice, printing)
+    except LoadError:
+        _print_contents(path, printing)
+        raise
     command = _fuse_command(path, source, choice)
     _print(printing, report, lambda view: render.inspect_parts(report, view, command))
     return CLEAN
@@ -151,7 +155,7 @@ def fuse_command(
 
     if output is None and not dry_run:
         raise ConvmergeError("fuse needs to know what to write", "add -o OUT, or -n to write nothing")
-    with _terminal(printing).working() as progress:
+    with printing.terminal().working() as progress:
         clock = Clock()
         opened, inputs = _open(path, source, progress)
         if output:
@@ -191,7 +195,7 @@ def verify_command(
     from convmerge import api, render
     from convmerge.report import Report
 
-    with _terminal(printing).working() as progress:
+    with printing.terminal().working() as progress:
         clock = Clock()
         first, inputs = _open(a, source, progress)
         second = source.open(b)
@@ -236,10 +240,6 @@ class Clock:
         return self._last - self._start
 
 
-def _terminal(printing: Printing) -> Terminal:
-    return Terminal(quiet=printing.quiet, verbose=printing.verbose, as_json=printing.json)
-
-
 def _open(path: Path, source: Source, progress: Progress) -> tuple[ModelFile, Inputs]:
     progress("load", 0, 0)
     opened = source.open(path)
@@ -250,7 +250,7 @@ def _planned(
     plan: Callable[..., Report], path: Path, source: Source, choice: Choice, printing: Printing
 ) -> Report:
     """Run ``plan``, which is api.inspect or api.check, on a model file."""
-    with _terminal(printing).working() as progress:
+    with printing.terminal().working() as progress:
         clock = Clock()
         opened, inputs = _open(path, source, progress)
         clock.lap("load")
@@ -296,11 +296,27 @@ def _fuse_command(path: Path, source: Source, choice: Choice) -> str:
     return shlex.join(words)
 
 
+def _print_contents(path: Path, printing: Printing) -> None:
+    """Tell what a file that cannot be loaded says it holds."""
+    from convmerge import render
+    from convmerge.io import peek
+
+    with contextlib.suppress(LoadError, OSError):
+        contents = peek(path)
+        if contents is not None:
+            terminal = printing.terminal()
+            terminal.results(
+                lambda width: render.contents_parts(
+                    contents, render.View(width, terminal.unicode, printing.verbose)
+                )
+            )
+
+
 def _print(printing: Printing, report: Report, parts: Callable[[View], list[RenderableType]]) -> None:
     """Warnings on stderr, the rest on stdout: as JSON, or as the ``parts`` made for its width."""
     from convmerge.render import View
 
-    terminal = _terminal(printing)
+    terminal = printing.terminal()
     for warning in report.warnings:
         terminal.warn(warning)
     terminal.document(report.to_dict())

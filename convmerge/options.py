@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
+from convmerge.terminal import Terminal
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -114,6 +116,10 @@ class Printing:
     verbose: Annotated[
         bool, Option("--verbose", "-v", help="Every site, times, and tracebacks of errors.")
     ] = False
+
+    def terminal(self) -> Terminal:
+        """What prints that way."""
+        return Terminal(quiet=self.quiet, verbose=self.verbose, as_json=self.json)
 
 
 def spread(command: Callable[..., int]) -> Callable[..., int]:

@@ -13,19 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from convmerge.render import (
-    View,
-    arrow,
-    check_parts,
-    compact,
-    difference,
-    fuse_parts,
-    group_sites,
-    inspect_parts,
-    percent,
-    seconds,
-    verify_parts,
-)
+from convmerge.render import View, check_parts, fuse_parts, inspect_parts, verify_parts
+from convmerge.render.figures import arrow, compact, difference, percent, seconds
+from convmerge.render.sites import group_sites
 from convmerge.report import Comparison, Counts, Report, SiteReport, Verification
 from convmerge.terminal import one_line
 

@@ -1,0 +1,195 @@
+"""What each command prints, as Rich renderables from top to bottom; a str is printed without wrapping it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+
+from convmerge.render.figures import arrow, compact, difference, error, percent, seconds
+from convmerge.render.sites import STYLES, site_parts
+from convmerge.render.view import View, by_count, inset, natural_width, new_table, plural
+from convmerge.report import Comparison, Counts, Report, SiteReport, Verification
+from convmerge.terminal import one_line
+
+if TYPE_CHECKING:
+    from convmerge.io import Contents
+
+_TENSORS_SHOWN = 12
+
+
+def inspect_parts(report: Report, view: View, next_command: str) -> list[RenderableType]:
+    """What ``convmerge inspect`` prints."""
+    parts: list[RenderableType] = [view.text(f"{report.model}: {_verdict(report.sites)}", "bold")]
+    parts += _inputs(report, view)
+    if report.sites:
+        parts += ["", *site_parts(report.sites, view)]
+    parts.append("")
+    if report.unknown:
+        counts = ", ".join(f"{name} ×{calls}" for name, calls in by_count(report.unknown))
+        parts.append(view.text(f"operators without a rule: {counts}"))
+    if report.before:
+        parts.append(view.text(_totals(report, report.before)))
+    parts += _times(report, view)
+    if report.merged():
+        parts.append(_command("next", next_command, view))
+    return parts
+
+
+def check_parts(report: Report, view: View, next_command: str) -> list[RenderableType]:
+    """What ``convmerge check`` prints: nothing but the merges that are left."""
+    merges = report.merged()
+    if not merges:
+        return [view.text(f"{report.model}: no profitable merge is left", "bold")]
+    count = plural(len(merges), "profitable merge")
+    title = f"{report.model}: {count} {'is' if len(merges) == 1 else 'are'} left"
+    return [
+        view.text(title, "bold"),
+        *_inputs(report, view),
+        "",
+        *site_parts(merges, view),
+        "",
+        *_times(report, view),
+        _command("next", next_command, view),
+    ]
+
+
+def fuse_parts(report: Report, view: View, outcome: str, time: float) -> list[RenderableType]:
+    """What ``convmerge fuse`` prints; ``outcome`` says what became of the file, ``time`` is in seconds."""
+    parts: list[RenderableType] = [view.text(f"{report.model}: {_verdict(report.sites)}", "bold")]
+    parts += _inputs(report, view)
+    if view.verbose and report.sites:
+        parts += ["", *site_parts(report.sites, view)]
+    if report.before and report.after:
+        parts += ["", _before_after(report, report.before, report.after, view)]
+    parts.append("")
+    if report.verification:
+        parts += _verification(report.verification, view)
+    parts += _times(report, view)
+    parts.append(view.text(f"{outcome} ({seconds(time)})"))
+    return parts
+
+
+def verify_parts(report: Report, view: View) -> list[RenderableType]:
+    """What ``convmerge verify`` prints."""
+    parts: list[RenderableType] = [view.text(report.model, "bold"), *_inputs(report, view)]
+    if report.verification:
+        parts += _verification(report.verification, view)
+    return parts + _times(report, view)
+
+
+def contents_parts(contents: Contents, view: View) -> list[RenderableType]:
+    """What ``convmerge inspect`` prints of a file it may not load: what the file says it holds."""
+    parts: list[RenderableType] = [view.text(f"the file holds {contents.title}", "bold")]
+    kinds = Counter(contents.modules.values())
+    if kinds:
+        counts = ", ".join(f"{name} ×{count}" for name, count in by_count(kinds))
+        parts.append(view.text(f"modules: {counts}"))
+    if contents.needs:
+        parts.append(view.text(f"names: {', '.join(contents.needs)}"))
+    table = new_table("tensor", "shape", "dtype")
+    shown = contents.tensors if view.verbose else contents.tensors[:_TENSORS_SHOWN]
+    for tensor in shown:
+        shape = "×".join(map(str, tensor.shape)) or "scalar"
+        table.add_row(view.text(tensor.name), view.text(shape), view.text(tensor.dtype))
+    parts += [table] if shown else []
+    hidden = len(contents.tensors) - len(shown)
+    return parts + ([view.text(f"and {plural(hidden, 'tensor')} more, shown with -v")] if hidden else [])
+
+
+def _before_after(report: Report, before: Counts, after: Counts, view: View) -> Table:
+    table = new_table("")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(name: str, a: int, b: int, show: Callable[[int], str], change: str, style: str = "") -> None:
+        table.add_row(view.text(name), *(view.text(t) for t in (show(a), show(b), change)), style=style)
+
+    kinds = dict.fromkeys([*before.operators, *after.operators])
+    for kind in sorted(kinds, key=lambda k: -before.operators.get(k, 0)):
+        a, b = before.operators.get(kind, 0), after.operators.get(kind, 0)
+        row(kind, a, b, str, difference(a, b))
+    a, b = sum(before.operators.values()), sum(after.operators.values())
+    row("operators", a, b, str, difference(a, b), "bold")
+    row("MACs", before.macs, after.macs, compact, percent(before.macs, after.macs), "bold")
+    a, b = before.parameters, after.parameters
+    row("parameters", a, b, compact, percent(a, b), "bold")
+    if {"before", "after"} <= report.file_bytes.keys():
+        a, b = report.file_bytes["before"], report.file_bytes["after"]
+        row("file", a, b, lambda n: compact(n, "B"), percent(a, b), "bold")
+    return table
+
+
+def _verification(verification: Verification, view: View) -> list[RenderableType]:
+    verdict = "verified" if verification.equal else "NOT the same function"
+    style = "bold green" if verification.equal else "bold red"
+    parts: list[RenderableType] = [view.text(verdict, style) + view.text(f": {verification.reason}")]
+    table = new_table("compared on", "max difference", "in float64", "error / the original's own")
+    for item in verification.comparisons:
+        table.add_row(*(view.text(figure) for figure in (item.inputs, *_figures(item))))
+    if not verification.comparisons:
+        return parts
+    if natural_width(table) + 2 <= view.width:
+        return [*parts, Padding(table, (0, 0, 0, 2), expand=False)]
+    names = [str(column.header) for column in table.columns[1:]]
+    for item in verification.comparisons:
+        figures = zip(names, _figures(item), strict=True)
+        line = ", ".join(f"{name} {figure}" for name, figure in figures if figure)
+        parts.append(inset(f"{item.inputs}: {line}", view))
+    return parts
+
+
+def _figures(item: Comparison) -> tuple[str, str, str]:
+    def pair(difference: float | None, relative: float | None) -> str:
+        if difference is None:
+            return ""
+        return error(difference) + ("" if relative is None else f" ({error(relative)} relative)")
+
+    ratio = "" if item.error_ratio is None else f"{item.error_ratio:.2g}×"
+    return pair(item.difference, item.relative), pair(item.difference64, item.relative64), ratio
+
+
+def _totals(report: Report, before: Counts) -> str:
+    """The model's figures, and what they come to when every merge is made."""
+    macs, parameters = before.macs, before.parameters
+    for site in report.merged():
+        macs += site.macs_after - site.macs_before
+        parameters += site.weights_after - site.weights_before
+    calls = plural(sum(before.operators.values()), "operator")
+    return (
+        f"total: {calls}, MACs {arrow(before.macs, macs)}, parameters {arrow(before.parameters, parameters)}"
+    )
+
+
+def _verdict(sites: Sequence[SiteReport]) -> str:
+    counts = {action: sum(site.action == action for site in sites) for action in STYLES}
+    if not counts["merge"]:
+        others = [f"{n} kept or refused" for n in [counts["keep"] + counts["refuse"]] if n]
+        return ", ".join(["nothing to merge", *others])
+    parts = [plural(counts["merge"], "merge")]
+    parts += [f"{counts['keep']} kept (cost more merged)"] if counts["keep"] else []
+    parts += [f"{counts['refuse']} refused"] if counts["refuse"] else []
+    return ", ".join(parts)
+
+
+def _inputs(report: Report, view: View) -> list[RenderableType]:
+    if not report.inputs:
+        return []
+    inputs = ", ".join(f"{name} {shape}" for name, shape in report.inputs.items())
+    guessed = " (guessed; give --input for others)" if report.inputs_inferred else ""
+    return [view.text(f"input: {inputs}{guessed}")]
+
+
+def _times(report: Report, view: View) -> list[RenderableType]:
+    if not (view.verbose and report.seconds):
+        return []
+    return [view.text("time: " + ", ".join(f"{k} {seconds(v)}" for k, v in report.seconds.items()))]
+
+
+def _command(label: str, command: str, view: View) -> str:
+    """A str, which the terminal prints without wrapping it."""
+    return f"{label}: {one_line(command, unicode=view.unicode)}"
