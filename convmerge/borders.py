@@ -1,7 +1,7 @@
 """Zero padding between two forms: where composing them would not be exact, and what makes it exact.
 
-The outer form's padding is zero where the composed form sees the inner form's *extension*: its taps over input
-that is still there (a tap leak), and its bias (a bias leak). Remedies, cheapest first:
+The outer form's padding is zero where the composed form sees the inner form's *extension*: its taps over
+input that is still there (a tap leak), and its bias (a bias leak). Remedies, cheapest first:
 
 1. no leak: :func:`convmerge.algebra.compose` is exact as it is;
 2. a bias leak alone: the bias moves onto a kernel over a channel of ones, which fades at the borders as the
@@ -74,7 +74,8 @@ def join(outer: Affine, inner: Affine, *, bias_magnitude: Tensor | None = None) 
     """outer ∘ inner, exact at every input size, zero padding included.
 
     Args:
-        bias_magnitude: the sum of magnitudes that each entry of ``inner.bias`` was computed from, in its shape.
+        bias_magnitude: the sum of magnitudes that each entry of ``inner.bias`` was computed from, in its
+        shape.
             An entry within 8 * 2**-53 of that is rounding, and taken to be zero.
 
     Raises:

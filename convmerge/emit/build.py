@@ -1,0 +1,141 @@
+"""Fresh torch.nn layers with the numbers of a form, rounded once from float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from convmerge.affine import Affine, Geometry
+from convmerge.algebra.axis import Placement, axes
+from convmerge.algebra.branches import place
+from convmerge.algebra.compose import expand_groups
+from convmerge.algebra.polyphase import polyphase
+from convmerge.emit.layer import Emission, Layer, transposed_padding
+from convmerge.emit.ways import emissions
+from convmerge.errors import Refusal
+
+# Which weights a memory format applies to.
+_RANK = {torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+def build(
+    form: Affine,
+    emission: Emission,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> nn.Module:
+    """Fresh layers that compute ``form``, every weight rounded once from float64; one layer, or a Sequential.
+
+    Nothing is initialised at random, so the global random state stays as it is. A transposed convolution
+    has no bias that depends on the position: where the form has one, another emission of the same geometry
+    is built.
+
+    Raises:
+        Refusal: a weight is too large for ``dtype``; or no layer has a bias of that period.
+    """
+    if emission.layers[-1].kind == "conv_transpose" and form.bias is not None and form.bias.dim() > 1:
+        others = (e for e in emissions(form.geometry) if e.shift is not None)
+        emission = next(others, emission)
+    weight, bias = _numbers(form, emission)
+    modules: list[nn.Module] = []
+    for layer in emission.layers:
+        module = _empty(layer, dtype)
+        for name, values in (("weight", weight), ("bias", bias)):
+            if getattr(module, name, None) is not None and values is not None:
+                rounded = round_once(values, dtype).to(device)
+                if rounded.dim() == _RANK.get(memory_format):
+                    rounded = rounded.contiguous(memory_format=memory_format)
+                setattr(module, name, nn.Parameter(rounded, requires_grad))
+        modules.append(module)
+    if len(modules) == 1:
+        return modules[0]
+    return nn.Sequential(*(part for module in modules for part in _flat(module)))
+
+
+def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the emission's layer, as torch lays them out, in float64."""
+    if emission.shift is not None:
+        form = polyphase(form, emission.shift)
+    if form.bias is not None and form.bias.dim() > 1:
+        raise Refusal("no layer of torch.nn has a bias that depends on the position")
+    layer = next(x for x in emission.layers if x.kind in ("linear", "conv", "conv_transpose"))
+    weight, groups = form.weight, form.geometry.groups
+    if layer.kind == "linear":
+        return expand_groups(weight, groups, 1), form.bias
+    if form.ones is not None:
+        weight = torch.cat([weight, form.ones.unsqueeze(1)], 1)
+    dims = axes(layer.geometry)
+    where = [Placement(start, 1) for start in emission.front]
+    weight = place(weight, dims, where)
+    if layer.kind == "conv_transpose":
+        blocks = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+        weight = blocks.reshape(layer.geometry.in_channels, -1, *weight.shape[2:])
+        weight = weight.flip(tuple(range(2, weight.dim())))
+    return weight, form.bias
+
+
+def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
+    """The layer without storage for its weights, so that no random initialisation runs."""
+    g, n = layer.geometry, layer.geometry.spatial
+    new = {"dtype": dtype, "device": "meta"}
+    if layer.kind == "linear":
+        return nn.Linear(g.in_channels, g.out_channels, g.bias, **new)
+    if layer.kind == "conv":
+        conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+        sizes = (g.kernel, g.down, g.lo, g.dilation)
+        return cast(nn.Module, conv(g.in_channels, g.out_channels, *sizes, g.groups, g.bias, **new))
+    if layer.kind == "conv_transpose":
+        conv = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1]
+        sizes = (g.kernel, g.up, *transposed_padding(g))
+        args = (g.in_channels, g.out_channels, *sizes, g.groups, g.bias, g.dilation)
+        return cast(nn.Module, conv(*args, **new))
+    if layer.kind == "shuffle":
+        return nn.PixelShuffle(g.up[0])
+    if layer.kind == "ones":
+        return _append_ones(g)
+    pad: Any = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)[n - 1]
+    sides = zip(reversed(g.lo), reversed(g.hi), strict=True)
+    return cast(nn.Module, pad(tuple(amount for side in sides for amount in side)))
+
+
+def _append_ones(g: Geometry) -> nn.Module:
+    """A channel of ones after the channels of every group: padding by one along the channel dimension."""
+    # The class says how many dimensions it pads; four have no class of their own, and any takes their sides.
+    kind: Any = (nn.ConstantPad2d, nn.ConstantPad3d, nn.ConstantPad3d)[g.spatial - 1]
+    pad = kind((0, 0) * g.spatial + (0, 1), 1.0)
+    if g.groups == 1:
+        return cast(nn.Module, pad)
+    return nn.Sequential(nn.Unflatten(1, (g.groups, g.in_channels // g.groups)), pad, nn.Flatten(1, 2))
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to the nearest value of ``dtype``.
+
+    torch converts float64 to float16 and bfloat16 by way of float32, which rounds twice: just beside a tie
+    the first rounding lands on it. The nearer of the results from both sides is the right one.
+
+    Raises:
+        Refusal: a finite value overflows.
+    """
+    rounded = values.to(dtype)
+    if torch.finfo(dtype).bits < 32:
+        single = values.float()
+        outwards = torch.where(values > single, math.inf, -math.inf).float()
+        other = torch.nextafter(single, outwards).to(dtype)
+        nearer = (other.double() - values).abs() < (rounded.double() - values).abs()
+        rounded = torch.where(nearer, other, rounded)
+    if not torch.equal(rounded.isfinite(), values.isfinite()):
+        raise Refusal(f"a merged weight is too large for {str(dtype).removeprefix('torch.')}")
+    return rounded.clone(memory_format=torch.contiguous_format)
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a Sequential, or the module itself."""
+    yield from module if isinstance(module, nn.Sequential) else (module,)

@@ -1,0 +1,127 @@
+"""Every way to build a form of a given geometry, so that planning can compare their costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from convmerge.affine import Geometry
+from convmerge.algebra.axis import Axis, axes, from_axes
+from convmerge.algebra.polyphase import polyphase_axis, polyphase_geometry
+from convmerge.emit.layer import Emission, Layer
+from convmerge.errors import Refusal
+
+
+@lru_cache(maxsize=65536)
+def emissions(g: Geometry) -> tuple[Emission, ...]:
+    """Every way to build a form of this geometry as plain layers, at least one.
+
+    Raises:
+        Refusal: no layer of torch.nn computes it.
+    """
+    if g.spatial > 3:
+        raise Refusal(f"torch.nn has no convolution of {g.spatial} dimensions")
+    if g.spatial == 0:
+        dense = replace(g, groups=1)
+        return (Emission((Layer("linear", dense),), (), ()),)
+    if math.prod(g.up) == 1:
+        return tuple(_convolutions(g))
+    if math.prod(g.down) > 1:
+        raise Refusal("no layer of torch.nn upsamples and strides at once")
+    return (_transposed(g), *_shuffled(g))
+
+
+def _convolutions(g: Geometry) -> Iterator[Emission]:
+    """With what padding the convolution has itself, the rest by a layer before it or by zero taps."""
+    dims = axes(g)
+    none = (0,) * g.spatial
+    own = [max(0, min(a.lo, a.hi)) for a in dims]
+    rest = [(a.lo - p, a.hi - p) for a, p in zip(dims, own, strict=True)]
+    plain = [a._replace(lo=p, hi=p) for a, p in zip(dims, own, strict=True)]
+    conv = _conv(g, plain)
+    # Ones stand inside the input alone, so they come before its padding.
+    yield Emission((*_ones(g), *_pads(conv.geometry.in_channels, rest), conv), none, none)
+    if any(lo != hi for lo, hi in rest):
+        yield from _widened(g)
+
+
+def _widened(g: Geometry) -> Iterator[Emission]:
+    """Zero taps in front raise lo, zero taps behind raise hi: both paddings become the larger one."""
+    front, back, dims = [], [], []
+    for a in axes(g):
+        padding, dilation = max(a.lo, a.hi), a.dilation if a.kernel > 1 else abs(a.hi - a.lo) or 1
+        if padding < 0 or (a.hi - a.lo) % dilation:
+            return
+        front.append((padding - a.lo) // dilation)
+        back.append((padding - a.hi) // dilation)
+        dims.append(Axis(a.kernel + front[-1] + back[-1], 1, a.down, dilation, padding, padding))
+    yield Emission((*_ones(g), _conv(g, dims)), tuple(front), tuple(back))
+
+
+def _transposed(g: Geometry) -> Emission:
+    """lo = dilation*(k-1) - padding and hi = lo + output_padding, with zero taps where these do not fit."""
+    front, back, dims = [], [], []
+    for a in axes(g):
+        behind = max(0, -((a.dilation * (a.kernel - 1) - a.lo) // a.dilation))
+        extra = a.hi + a.dilation * behind - a.lo  # output_padding, to be within 0..limit
+        limit = max(a.up, a.dilation) - 1
+        behind += max(0, -(extra // a.dilation))
+        before = max(0, -((limit - extra) // a.dilation))
+        front.append(before)
+        back.append(behind)
+        lo, hi = a.lo + a.dilation * before, a.hi + a.dilation * behind
+        dims.append(a._replace(kernel=a.kernel + before + behind, lo=lo, hi=hi))
+    layer = Layer("conv_transpose", _with_ones(g, dims))
+    return Emission((*_ones(g), layer), tuple(front), tuple(back))
+
+
+def _shuffled(g: Geometry) -> Iterator[Emission]:
+    """Polyphase form, PixelShuffle, and a crop where the phases do not end with the output."""
+    rate = g.up[0]
+    if g.spatial != 2 or set(g.up) != {rate}:
+        return
+    best = tuple(_shortest_shift(axis) for axis in axes(g))
+    for shift in dict.fromkeys(((0, 0), best)):
+        low = polyphase_geometry(g, shift)
+        crops = [(-s, -polyphase_axis(a, s).crop) for a, s in zip(axes(g), shift, strict=True)]
+        after = (Layer("shuffle", _shuffle(g.out_channels, rate)), *_pads(g.out_channels, crops))
+        for emission in _convolutions(low):
+            yield replace(emission, layers=emission.layers + after, shift=shift)
+
+
+def _shortest_shift(axis: Axis) -> int:
+    return min(range(axis.up), key=lambda shift: polyphase_axis(axis, shift).axis.kernel)
+
+
+def _conv(g: Geometry, dims: Sequence[Axis]) -> Layer:
+    return Layer("conv", _with_ones(g, dims))
+
+
+def _with_ones(g: Geometry, dims: Sequence[Axis]) -> Geometry:
+    """The layer's own geometry: with one more input channel in each group where there are ones."""
+    return from_axes(g.in_channels + g.ones * g.groups, g.out_channels, g.groups, dims, g.bias)
+
+
+def _ones(g: Geometry) -> tuple[Layer, ...]:
+    if not g.ones:
+        return ()
+    return (
+        Layer("ones", Geometry.channelwise(g.in_channels, g.in_channels + g.groups, g.groups, g.spatial)),
+    )
+
+
+def _pads(channels: int, sides: Sequence[tuple[int, int]]) -> Iterator[Layer]:
+    """Padding, then cropping; in one layer unless a dimension needs both, since F.pad crops first."""
+    both = any(min(side) < 0 < max(side) for side in sides)
+    steps = [[(max(lo, 0), max(hi, 0)) for lo, hi in sides], [(min(lo, 0), min(hi, 0)) for lo, hi in sides]]
+    for step in steps if both else [sides]:
+        if any(lo or hi for lo, hi in step):
+            dims = [Axis(1, 1, 1, 1, lo, hi) for lo, hi in step]
+            yield Layer("pad", from_axes(channels, channels, channels, dims))
+
+
+def _shuffle(channels: int, rate: int) -> Geometry:
+    axis = Axis(rate, rate, 1, 1, rate - 1, rate - 1)
+    return from_axes(channels * rate**2, channels, channels, (axis, axis))
