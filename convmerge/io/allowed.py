@@ -85,11 +85,11 @@ class Allowed:
         self.names.add(Global(module, name))
 
     def find(self, name: Global) -> Any:
-        """The class or function of this name, None if it may not be used. Imports nothing."""
+        """The class or function of this name, None if it may not be used. Imports nothing but torch."""
         if name in self.names:
             return _defined(name)
         if name.name in _HELPERS.get(name.module, ()):
-            return vars(sys.modules[name.module]).get(name.name)
+            return vars(importlib.import_module(name.module)).get(name.name)
         if name.module in self.modules or name.module.startswith("torch.nn.modules."):
             value = _defined(name)
             return value if isinstance(value, type) and issubclass(value, nn.Module) else None

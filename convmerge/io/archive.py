@@ -61,6 +61,9 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> dict[str, int]:
         raise LoadError(f"{name} was packed again by a zip program", "torch.load it and torch.save it again")
     if infos[f"{root}data.pkl"].file_size > MAX_BYTES:
         raise LoadError(f"the pickle in {name} is over {MAX_BYTES >> 20} MB", "no PyTorch model needs that")
+    # The directory bit of DOS: torch's reader then reads nothing, and gives uninitialised memory as the numbers.
+    if any(info.external_attr & 0x10 for info in infos.values()):
+        raise LoadError(f"{name} is damaged: a member of the archive claims to be a directory", _AGAIN)
     # Under torch.serialization.set_crc32_options(False) no checksums are written: every one reads 0.
     broken = archive.testzip() if any(info.CRC for info in infos.values()) else None
     if broken is not None:
