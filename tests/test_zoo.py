@@ -1,0 +1,72 @@
+"""Published blocks and real models, fused in float64: the same function, with the expected operators left."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import convmerge
+
+BLOCKS: dict[str, dict[str, int]] = {
+    "sesr": {"conv": 4, "add": 2},
+    "span": {"conv": 3, "pad": 0},
+    "repvgg": {"conv": 3, "batch_norm": 0, "add": 0},
+    "mobileone": {"conv": 4, "batch_norm": 0, "add": 0},
+    "acnet": {"conv": 2, "batch_norm": 0, "add": 0},
+    "doconv": {"conv": 2, "batch_norm": 0},
+    "lora": {"linear": 2, "add": 0},
+    "inception": {"conv": 4, "batch_norm": 0},
+    "bottleneck": {"conv": 6, "batch_norm": 0},
+    "unet": {"conv": 4, "batch_norm": 0},
+    "ecb": {"batch_norm": 0},
+    "dbb": {},
+}
+
+REAL: dict[str, dict[str, int]] = {
+    "torchvision/resnet50": {"conv": 53, "linear": 1, "batch_norm": 0, "add": 16},
+    "torchvision/mobilenet_v2": {"conv": 52, "linear": 1, "batch_norm": 0, "add": 10},
+    "torchvision/densenet121": {"conv": 120, "linear": 1, "batch_norm": 62},
+    "torchvision/googlenet": {"linear": 1, "batch_norm": 0},
+    "torchvision/deeplabv3_resnet50": {"batch_norm": 0, "add": 16},
+    "timm/resnetv2_50x1_bit": {"conv": 54, "batch_norm": 0, "add": 16},
+    "timm/xception41": {"linear": 1, "batch_norm": 0, "add": 12},
+    "timm/mobilenetv2_100": {"conv": 52, "linear": 1, "batch_norm": 0, "add": 10},
+    "torchsr/edsr_baseline": {"batch_norm": 0},
+    "sesr": {"conv": 7},
+    "span": {"conv": 9, "pad": 0},
+}
+
+
+def distance(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    """The largest difference over all outputs, relative to the largest value of that output."""
+    with torch.no_grad():
+        pairs = zip(zoo.outputs(a(x.clone())), zoo.outputs(b(x.clone())), strict=True)
+        return max(float((p - q).abs().max() / p.abs().max()) for p, q in pairs)
+
+
+def check(model: nn.Module, x: Tensor, expected: dict[str, int], tolerance: float) -> None:
+    model, x = copy.deepcopy(model).double(), x.double()
+    result = convmerge.fuse(model, x)
+    verification = result.report.verification
+    assert verification is None or verification.equal, verification
+    assert not any("dropped" in warning for warning in result.report.warnings), result.report.warnings
+    assert distance(model, result.model, x) < tolerance
+    assert distance(model, result.model, torch.randn(3, *x.shape[1:], dtype=x.dtype)) < tolerance
+    calls = models.operators(result.model, x)
+    assert {kind: calls.get(kind, 0) for kind in expected} == expected, calls
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(name: str) -> None:
+    check(*models.build(name), BLOCKS[name], 1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", REAL)
+def test_real_model(name: str) -> None:
+    check(*zoo.build(name), REAL[name], 1e-9)
