@@ -38,15 +38,12 @@ def read_archive(file: IO[bytes], name: str) -> tuple[bytes, dict[str, int]]:
             sizes = _check_members(archive, name)
         file.seek(0)
         reader = torch._C.PyTorchFileReader(file)
-        _check_byte_order(
-            reader.get_record("byteorder") if reader.has_record("byteorder") else b"little", name
-        )
+        known = "byteorder" in reader.get_all_records()
+        _check_byte_order(reader.get_record("byteorder") if known else b"little", name)
         return reader.get_record("data.pkl"), sizes
     except LoadError:
         raise
-    except (
-        Exception
-    ) as error:  # BadZipFile, OSError, EOFError, struct.error, NotImplementedError, RuntimeError
+    except Exception as error:  # BadZipFile, OSError, EOFError, struct.error, RuntimeError, ...
         reason = printable(str(error).partition("\n")[0] or type(error).__name__)
         raise LoadError(f"{name} is damaged: {reason}", _AGAIN) from None
 
@@ -61,7 +58,7 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> dict[str, int]:
         raise LoadError(f"{name} was packed again by a zip program", "torch.load it and torch.save it again")
     if infos[f"{root}data.pkl"].file_size > MAX_BYTES:
         raise LoadError(f"the pickle in {name} is over {MAX_BYTES >> 20} MB", "no PyTorch model needs that")
-    # The directory bit of DOS: torch's reader then reads nothing, and gives uninitialised memory as the numbers.
+    # The directory bit of DOS: torch reads nothing then, and gives uninitialised memory as the numbers.
     if any(info.external_attr & 0x10 for info in infos.values()):
         raise LoadError(f"{name} is damaged: a member of the archive claims to be a directory", _AGAIN)
     # Under torch.serialization.set_crc32_options(False) no checksums are written: every one reads 0.

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,36 +126,45 @@ def _replacing(target: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+class _Watched:
+    """A file that remembers why a write failed: torch's zip writer reports a failure of its own instead."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def _write(document: Any, file: IO[bytes], target: Path) -> None:
+    watched = _Watched(file)
     try:
-        torch.save(document, file)
+        torch.save(document, watched)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-    except OSError as error:
-        raise _cannot_write(target, error) from error
     except Exception as error:
-        if _disk_full(file):
-            raise _cannot_write(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        cause = watched.error or error
+        if isinstance(cause, OSError):
+            raise _cannot_write(target, cause) from error
         reason = printable(f"{type(error).__name__}: {error}")
-        raise ConvmergeError(
-            f"the model cannot be pickled: {reason}",
-            "replace lambdas and local classes in it by functions and classes of a module",
-        ) from error
-
-
-def _disk_full(file: IO[bytes]) -> bool:
-    """Whether the file system has no room; torch's zip writer reports that as a RuntimeError of its own."""
-    try:
-        status = os.fstatvfs(file.fileno())
-    except (OSError, ValueError):
-        return False
-    return status.f_bavail * status.f_frsize < 2**16
+        hint = "replace lambdas and local classes in it by functions and classes of a module"
+        raise ConvmergeError(f"the model cannot be pickled: {reason}", hint) from error
 
 
 def _reload(file: IO[bytes], target: Path) -> Any:
     file.seek(0)
     try:
-        return torch.load(file, map_location="cpu", weights_only=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as error:
         reason = printable(f"{type(error).__name__}: {error}")
         raise ConvmergeError(
@@ -187,16 +197,9 @@ def _sync_directory(directory: Path) -> None:
 
 def _cannot_write(path: Path, error: BaseException) -> ConvmergeError:
     reason = (error.strerror if isinstance(error, OSError) else None) or printable(str(error))
-    hint = (
-        "free some space, or choose another place with -o"
-        if _no_space(error)
-        else "choose another place with -o"
-    )
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = f"{'free some space, or ' if full else ''}choose another place with -o"
     return ConvmergeError(f"cannot write {path}: {reason}", hint)
-
-
-def _no_space(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _plain_tracers(model: nn.Module) -> None:
