@@ -32,6 +32,9 @@ class Frame:
     key: str
 
 
+ROOT = Frame("", "")
+
+
 @dataclass(frozen=True)
 class Signature:
     """How a module was called, over all of its calls.
@@ -56,7 +59,7 @@ class Call:
         node: the graph node; its ``meta["val"]`` is a fake tensor with shape and dtype.
         op: the ATen name without namespace and overload, in-place forms under their plain name (``add``).
         args: arguments by schema name, defaults filled in; tensors are nodes.
-        stack: the module calls it ran in, outermost first, the root left out.
+        stack: the module calls it ran in, outermost first, beginning with the root (path "").
         mutates: whether it writes into its first argument.
         index: position in execution order.
     """
@@ -71,7 +74,7 @@ class Call:
     @property
     def path(self) -> str:
         """Path of the module whose code made the call."""
-        return self.stack[-1].path if self.stack else ""
+        return self.stack[-1].path
 
     @property
     def leaf(self) -> str:
@@ -211,7 +214,7 @@ def evidence_of(
 
 
 def _call(node: Node, index: int, canonical: dict[str, str]) -> Call:
-    stack = []
+    stack = [ROOT]
     for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
         path = path.split("@")[0]
         if path:

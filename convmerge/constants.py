@@ -67,6 +67,11 @@ class Constants:
             return result.to(torch.float64)
         return None
 
+    def release(self) -> None:
+        """Forget evaluated values, so that a whole model never stands in memory in float64."""
+        if not self._mutable:
+            self._known.clear()
+
     def _run_for(self, wanted: Node) -> None:
         pending = [wanted]
         while pending:
@@ -120,9 +125,7 @@ def run_call(node: Node, lookup: Any) -> Any:
 
 def _memory_of(node: Node) -> set[Node]:
     """The node whose memory a value shares, found through views, with every view of it."""
-    root = node
-    while (base := view_of(root)) is not None:
-        root = base
+    root = memory_root(node)
     found, pending = {root}, [root]
     while pending:
         for user in pending.pop().users:
@@ -130,6 +133,13 @@ def _memory_of(node: Node) -> set[Node]:
                 found.add(user)
                 pending.append(user)
     return found
+
+
+def memory_root(node: Node) -> Node:
+    """The value whose memory ``node`` shares through views and in-place writes."""
+    while (base := view_of(node)) is not None:
+        node = base
+    return node
 
 
 def view_of(node: Node) -> Node | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch.fx.node import Node
 
 from convmerge.capture import Call, Evidence, is_tensor, nodes_of
-from convmerge.constants import view_of
+from convmerge.constants import memory_root
 from convmerge.errors import Refusal
 from convmerge.recognise import Context, Filter, Passage, Same, Scalar, Step, Sum, recognise
 
@@ -94,6 +94,7 @@ class _Reduction:
         self.unknown: list[Call] = []
         self.element: dict[Node, Element] = {}  # value → the element that produces it
         self.open_sums: dict[Node, tuple[list[_Term], tuple[Node, ...]]] = {}
+        self.absorbed: set[int] = set()  # blocks that became branches of larger ones, by id
         self.uses = self._count_uses()
 
     def run(self) -> Regions:
@@ -153,7 +154,7 @@ class _Reduction:
         terms = self._group(terms, node, sums)
         if len(terms) == 1 and isinstance(terms[0].elements[-1], Block):
             block = terms[0].elements[-1]
-            self.element[node] = Block(block.source, node, block.branches, sums)
+            self.element[node] = Block(block.source, node, block.branches, block.sums)
         else:
             self.open_sums[node] = terms, sums
 
@@ -167,12 +168,26 @@ class _Reduction:
             branches = [term.elements for term in terms if term.origin is shared]
             rest = [term for term in terms if term.origin is not shared]
             self.uses[shared] -= len(branches) - 1
-            block = Block(shared, node, tuple(_flat(branches)), sums, partial=bool(rest))
+            flat, absorbed = self._flat(branches)
+            block = Block(shared, node, flat, (*sums, *absorbed), partial=bool(rest))
             before = self._walk_back(shared)
             terms = [_Term(before.origin, (*before.elements, block)), *rest]
 
+    def _flat(self, branches: list[Chain]) -> tuple[tuple[Chain, ...], list[Node]]:
+        """A branch that is itself nothing but a block counts as that block's branches; its sums come along."""
+        flat: list[Chain] = []
+        sums: list[Node] = []
+        for branch in branches:
+            if len(branch) == 1 and isinstance(block := branch[0], Block):
+                self.absorbed.add(id(block))
+                flat.extend(block.branches)
+                sums.extend(block.sums)
+            else:
+                flat.append(branch)
+        return tuple(flat), sums
+
     def _chains(self) -> tuple[Chain, ...]:
-        inside = {id(e) for e in self._all_elements() for e in _inner(e)}
+        inside = self.absorbed | {id(part) for e in self._all_elements() for part in _inner(e)}
         chains: list[Chain] = []
         ends: list[tuple[Element, ...]] = []
         for terms, _ in self.open_sums.values():
@@ -211,17 +226,6 @@ def _scaled(term: _Term, factor: float, node: Node) -> _Term:
     end = term.elements[-1].target if term.elements else term.origin
     scalar = Leaf(end, node, Scalar(end, factor, 0.0, "alpha"), implied=True)
     return _Term(term.origin, (*term.elements, scalar))
-
-
-def _flat(branches: list[tuple[Element, ...]]) -> list[tuple[Element, ...]]:
-    """A branch that is itself nothing but a block counts as that block's branches."""
-    flat: list[tuple[Element, ...]] = []
-    for branch in branches:
-        if len(branch) == 1 and isinstance(branch[0], Block):
-            flat.extend(branch[0].branches)
-        else:
-            flat.append(branch)
-    return flat
 
 
 def _inner(element: Element) -> list[Element]:
@@ -270,11 +274,9 @@ def stale_readers(evidence: Evidence) -> set[Node]:
     the same memory; what such a reader sees cannot be told from the graph's edges.
     """
     writes: dict[Node, list[int]] = {}
-    fresh: dict[Node, int] = {}
     for node, call in evidence.calls.items():
         if call.mutates and (sources := nodes_of(node.args[:1])):
             writes.setdefault(memory_root(sources[0]), []).append(call.index)
-            fresh[node] = call.index
     stale: set[Node] = set()
     if not writes:
         return stale
@@ -286,13 +288,6 @@ def stale_readers(evidence: Evidence) -> set[Node]:
             if any(known < write < call.index for write in writes.get(memory_root(source), ())):
                 stale.add(node)
     return stale
-
-
-def memory_root(node: Node) -> Node:
-    """The value whose memory ``node`` shares through views and in-place writes."""
-    while (base := view_of(node)) is not None:
-        node = base
-    return node
 
 
 def _as_of(node: Node, evidence: Evidence) -> int:

@@ -1,0 +1,224 @@
+"""The library: fuse, inspect, check and verify models in memory. The command line is a thin shell over it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from convmerge.capture import capture, copy_model
+from convmerge.counts import count
+from convmerge.decide import Decider, Decisions
+from convmerge.inputs import Inputs, as_inputs
+from convmerge.layers import Built, build
+from convmerge.probes import bisect
+from convmerge.report import Report, Verification
+from convmerge.rewrite import Replacement, apply
+from convmerge.sites import describe_sites, describe_unknown
+from convmerge.static import StaticProofs
+from convmerge.verify import compare
+
+Progress = Callable[[str, int, int], None]
+OBJECTIVES = ("latency", "macs", "params")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What :func:`fuse` returns.
+
+    Attributes:
+        model: the fused copy, in eval mode; an unchanged copy where nothing merges or verification failed.
+        report: what was merged, kept and refused, and the verification figures.
+    """
+
+    model: nn.Module
+    report: Report
+
+
+@dataclass(eq=False)
+class _Run:
+    """The stages that fuse, inspect and check share, with their timings."""
+
+    model: nn.Module
+    inputs: Inputs
+    command: str
+    objective: str
+    only: Sequence[str]
+    skip: Sequence[str]
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.progress(name, 0, 0)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def decide(self) -> tuple[Decider, Decisions]:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if any(module.training for module in self.model.modules()):
+            self.warnings.append("the model is in train mode; it was treated, and is written, in eval mode")
+        with self.stage("capture"):
+            evidence = capture(self.model, self.inputs)
+        if evidence.traced:
+            self.warnings.append("torch.export cannot follow this model; a torch.fx trace was used instead")
+        with self.stage("plan"):
+            scratch = copy_model(self.model).eval()
+            decider = Decider(
+                self.model, scratch, evidence, self.objective, tuple(self.only), tuple(self.skip)
+            )
+            decisions = decider.decide(self.progress)
+        return decider, decisions
+
+    def report(self, decider: Decider, decisions: Decisions, built: Sequence[Built], **more: Any) -> Report:
+        proofs = StaticProofs(decider.scratch, decider.evidence.signatures)
+        return Report(
+            command=self.command,
+            model=type(self.model).__name__,
+            inputs=self.inputs.describe(),
+            inputs_inferred=self.inputs.inferred,
+            sites=describe_sites(decider, decisions, built, proofs),
+            unknown=describe_unknown(decisions.regions),
+            warnings=tuple(self.warnings),
+            seconds=self.seconds,
+            **more,
+        )
+
+
+def fuse(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    objective: str = "latency",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Merge what can be merged exactly and pays, and verify the result.
+
+    Args:
+        model: any module; it is treated in eval mode. It is not changed.
+        example_inputs: a tensor, a tuple or list of forward's arguments, a dict of keyword arguments, or Inputs.
+            Not changed.
+        only, skip: globs on module paths; a site is merged if one of its operators matches ``only`` and none
+            matches ``skip``.
+        objective: what to minimise: ``latency`` (predicted), ``macs`` or ``params``; ties go to latency.
+        seed: for the random inputs of the verification.
+        progress: called as (stage, done, total).
+
+    Returns a copy with fresh torch.nn layers at the merged places; its dtype and device are the model's.
+    Where the whole fails verification even without the sites found guilty, ``report.verification.equal`` is
+    False and the model is an unchanged copy.
+
+    Raises:
+        ConvmergeError: the model does not run on the inputs, or cannot be captured.
+        ValueError: an unknown objective.
+    """
+    run = _Run(model, as_inputs(example_inputs), "fuse", objective, only, skip, progress or _silent)
+    decider, decisions = run.decide()
+    with run.stage("merge"):
+        built = build(decider, decisions, seed, run.progress)
+    chosen = [b for b in built if b.refusal is None]
+    with run.stage("rewrite"):
+        fused = _apply(model, decisions, chosen)
+    verification = None
+    if chosen:
+        with run.stage("verify"):
+            fused, chosen, verification = _verify(run, decisions, fused, chosen, seed)
+    dropped = {id(b) for b in built} - {id(b) for b in chosen}
+    built = [b.dropped("its merge did not pass the check of the whole model") if id(b) in dropped and b.refusal is None else b for b in built]
+    with run.stage("count"):
+        before, after = count(model, run.inputs), count(fused, run.inputs)
+    report = run.report(
+        decider, decisions, built, before=before, after=after, verification=verification
+    )
+    return Result(fused, report)
+
+
+def _apply(model: nn.Module, decisions: Decisions, built: Sequence[Built]) -> nn.Module:
+    replacements = [Replacement(b.decision.edit, b.layer) for b in built]
+    return apply(copy_model(model).eval(), replacements, decisions.traces)
+
+
+def _verify(
+    run: _Run, decisions: Decisions, fused: nn.Module, chosen: list[Built], seed: int
+) -> tuple[nn.Module, list[Built], Verification]:
+    """Compare the whole; where that fails, find and drop the guilty sites and compare again."""
+    verification = compare(run.model, fused, run.inputs, seed=seed)
+    if verification.equal:
+        return fused, chosen, verification
+
+    def ok(sites: Sequence[Built]) -> bool:
+        candidate = _apply(run.model, decisions, sites)
+        return compare(run.model, candidate, run.inputs, seed=seed).equal
+
+    guilty = bisect(chosen, ok)
+    run.warnings.append(f"{len(guilty)} sites were dropped: {verification.reason}")
+    kept = [b for b in chosen if b not in guilty]
+    fused = _apply(run.model, decisions, kept)
+    final = compare(run.model, fused, run.inputs, seed=seed)
+    if not final.equal:
+        return _apply(run.model, decisions, []), [], final
+    return fused, kept, final
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    objective: str = "latency",
+    progress: Progress | None = None,
+) -> Report:
+    """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
+    return _planned("inspect", model, example_inputs, only, skip, objective, progress)
+
+
+def check(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    objective: str = "latency",
+    progress: Progress | None = None,
+) -> Report:
+    """As :func:`inspect`; ``report.merged()`` is empty when no profitable merge is left."""
+    return _planned("check", model, example_inputs, only, skip, objective, progress)
+
+
+def _planned(
+    command: str,
+    model: nn.Module,
+    example_inputs: Any,
+    only: Sequence[str],
+    skip: Sequence[str],
+    objective: str,
+    progress: Progress | None,
+) -> Report:
+    run = _Run(model, as_inputs(example_inputs), command, objective, only, skip, progress or _silent)
+    decider, decisions = run.decide()
+    with run.stage("count"):
+        before = count(model, run.inputs)
+    return run.report(decider, decisions, (), before=before)
+
+
+def verify(a: nn.Module, b: nn.Module, example_inputs: Any, *, seed: int = 0) -> Verification:
+    """Whether two models, fused or not, are the same function, with the error figures.
+
+    Raises ConvmergeError where no verdict is possible: ``a`` does not run, or does not repeat its own output.
+    """
+    return compare(a, b, as_inputs(example_inputs), seed=seed)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""

@@ -1,0 +1,190 @@
+"""From a captured model to a list of decisions: what merges, how it is written back, what does not merge and why."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.fx.node import Node
+
+from convmerge.capture import Evidence
+from convmerge.constants import Constants
+from convmerge.errors import Refusal
+from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
+from convmerge.plan import ChainPlan, Denial, Planner, Site
+from convmerge.recognise import Context
+from convmerge.regions import Chain, Element, Regions, calls_of, find_regions
+from convmerge.retrace import Trace, cut, retrace
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A site that merges, with the edit that does it. ``also`` are the other calls of the same modules."""
+
+    site: Site
+    edit: Edit
+    also: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """Everything that was decided about a model."""
+
+    merges: tuple[Decision, ...]
+    denials: tuple[Denial, ...]
+    traces: dict[str, Trace]
+    regions: Regions
+
+
+@dataclass(eq=False)
+class Decider:
+    """Plans, looks for a way to write each site back, and plans again without those that have none.
+
+    Attributes:
+        model: the model the evidence was captured from (read only).
+        scratch: a copy of it for tracing, which can leave marks.
+        only, skip: globs on the module paths of a site's operators.
+    """
+
+    model: nn.Module
+    scratch: nn.Module
+    evidence: Evidence
+    objective: str = "latency"
+    only: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    _forbidden: dict[tuple[Node, Node], str] = field(default_factory=dict)
+    _traces: dict[tuple[str, frozenset[str]], Trace] = field(default_factory=dict)
+
+    def decide(self, progress: Callable[[str, int, int], None]) -> Decisions:
+        """Decide on every chain of the model."""
+        constants = Constants(self.evidence)
+        self.constants = constants
+        self.frames = Frames(self.evidence, constants)
+        regions = find_regions(Context(self.evidence, constants))
+        self.planner = planner = Planner(self.evidence, self.objective, self._forbidden, self._allowed)
+        plans: dict[int, ChainPlan] = {}
+        edits: dict[Site, Edit] = {}
+        dirty = set(range(len(regions.chains)))
+        while dirty:
+            problems: dict[Site, str] = {}
+            for done, index in enumerate(sorted(dirty)):
+                progress("plan", done, len(dirty))
+                plans[index] = planner.plan(regions.chains[index])
+                for site in plans[index].sites:
+                    try:
+                        edits[site] = lower(self.frames, site.home, site.emptied, self.model)
+                    except Refusal as refusal:
+                        problems[site] = refusal.reason
+            current = {s: edits[s] for plan in plans.values() for s in plan.sites if s not in problems}
+            problems.update(self._conflicts(current))
+            traces, untraceable = self._trace_owners({s: e for s, e in current.items() if s not in problems})
+            problems.update(untraceable)
+            self._forbidden.update({site.ends: reason for site, reason in problems.items()})
+            dirty = {i for i, plan in plans.items() if any(s in problems for s in plan.sites)}
+        sites = [site for index in sorted(plans) for site in plans[index].sites]
+        denials = [denial for index in sorted(plans) for denial in plans[index].denials]
+        return Decisions(_grouped(sites, edits), tuple(denials), traces, regions)
+
+    def _allowed(self, elements: Sequence[Element]) -> bool:
+        paths = site_paths(self.evidence, elements)
+        wanted = not self.only or any(_matches(path, self.only) for path in paths)
+        return wanted and not any(_matches(path, self.skip) for path in paths)
+
+    def _conflicts(self, edits: dict[Site, Edit]) -> dict[Site, str]:
+        """Sites that change a module which other calls, sites or names need as it is."""
+        problems: dict[Site, str] = {}
+        alike: Counter[Edit] = Counter(edits.values())
+        opened = {path for e in edits.values() if isinstance(e, GraphEdit) for path in e.opened}
+        claimed: dict[str, Edit] = {}
+        for site, edit in edits.items():
+            modules = edit.modules if isinstance(edit, UnitEdit) else (edit.owner,)
+            for path in modules:
+                calls = len(self.frames.by_path.get(path, [1]))
+                if calls != alike[edit]:
+                    problems[site] = f"{path} is called {calls} times with different neighbours"
+                if isinstance(edit, UnitEdit) and claimed.setdefault(path, edit) != edit:
+                    problems[site] = f"{path} belongs to two sites"
+            if isinstance(edit, GraphEdit) and edit.owner in opened:
+                problems[site] = f"the code of {edit.owner} is part of a larger site"
+            if (reason := self._tied(site, edits, edit)) is not None:
+                problems[site] = reason
+        return problems
+
+    def _tied(self, site: Site, edits: dict[Site, Edit], edit: Edit) -> str | None:
+        """Why a weight that is read outside the site too must keep existing there, or None."""
+        calls = {n for other, e in edits.items() if e == edit for n in calls_of(other.elements)}
+        for node in calls_of(site.elements):
+            for weight in node.all_input_nodes:
+                if weight in self.evidence.tensors:
+                    users = set(weight.users) | self._twins(weight)
+                    if any(user in self.evidence.calls and user not in calls for user in users):
+                        return f"{self.evidence.tensors[weight][0]} is used elsewhere too"
+        return None
+
+    def _twins(self, weight: Node) -> set[Node]:
+        """Calls that read the same storage under another name."""
+        if not hasattr(self, "_by_storage"):
+            self._by_storage: dict[int, list[Node]] = {}
+            for node, (_, tensor) in self.evidence.tensors.items():
+                if tensor.numel():
+                    self._by_storage.setdefault(tensor.data_ptr(), []).append(node)
+        tensor = self.evidence.tensors[weight][1]
+        return {u for twin in self._by_storage.get(tensor.data_ptr(), []) for u in twin.users}
+
+    def _trace_owners(self, edits: dict[Site, Edit]) -> tuple[dict[str, Trace], dict[Site, str]]:
+        """Trace every module whose code is edited, once, opened as far as all of its sites need."""
+        owners: dict[str, set[str]] = {}
+        for edit in edits.values():
+            if isinstance(edit, GraphEdit):
+                owners.setdefault(edit.owner, set()).update(edit.opened)
+        traces: dict[str, Trace] = {}
+        problems: dict[Site, str] = {}
+        for owner, paths in owners.items():
+            try:
+                traces[owner] = self._trace(owner, paths)
+                reason = None
+            except Refusal as refusal:
+                reason = refusal.reason
+            for site, edit in edits.items():
+                if not isinstance(edit, GraphEdit) or edit.owner != owner:
+                    continue
+                try:
+                    if reason is not None:
+                        raise Refusal(reason)
+                    for run in (edit.home, *edit.emptied):
+                        cut(traces[owner], run)
+                except Refusal as refusal:
+                    problems[site] = refusal.reason
+        return traces, problems
+
+    def _trace(self, owner: str, paths: set[str]) -> Trace:
+        start = len(owner) + 1 if owner else 0
+        opened = frozenset(path[start:] for path in paths)
+        key = (owner, opened)
+        if key not in self._traces:
+            frame = self.frames.by_path[owner][0]
+            module = self.scratch.get_submodule(owner)
+            self._traces[key] = retrace(
+                module, frame, self.evidence, self.constants, self.frames.calls[frame], opened
+            )
+        return self._traces[key]
+
+
+def _matches(path: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*") for glob in globs)
+
+
+def _grouped(sites: Sequence[Site], edits: dict[Site, Edit]) -> tuple[Decision, ...]:
+    """One decision for all calls of the same modules."""
+    by_edit: dict[Edit, list[Site]] = {}
+    for site in sites:
+        by_edit.setdefault(edits[site], []).append(site)
+    return tuple(Decision(group[0], edit, tuple(group[1:])) for edit, group in by_edit.items())
+
+
+def site_paths(evidence: Evidence, elements: Sequence[Element] | Chain) -> list[str]:
+    """Module paths of the operators, in order, each once."""
+    return list(dict.fromkeys(evidence.calls[node].path for node in calls_of(elements)))

@@ -1,0 +1,249 @@
+"""Carrying a site back from the evidence graph to the module tree.
+
+Three ways, the least intrusive first: whole module calls in a row (one is replaced, the others become
+identities); one module that is nothing but the site (replaced whatever its class); a part of one module's
+code (that module is traced by torch.fx, and its trace must agree with the evidence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.fx.node import Node
+
+from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
+from convmerge.constants import Constants, memory_root
+from convmerge.errors import Refusal
+from convmerge.regions import CHECKS, Element, blocks, calls_of, leaves
+from convmerge.recognise import Same
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Elements in a row that are replaced together, by a new layer or by nothing."""
+
+    elements: tuple[Element, ...]
+
+    @property
+    def source(self) -> Node:
+        """The value that goes in."""
+        return self.elements[0].source
+
+    @property
+    def target(self) -> Node:
+        """The value that comes out."""
+        return self.elements[-1].target
+
+
+@dataclass(frozen=True)
+class UnitEdit:
+    """``survivor`` becomes the merged layer, the modules in ``emptied`` become identities."""
+
+    survivor: str
+    emptied: tuple[str, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module path that changes."""
+        return (self.survivor, *self.emptied)
+
+
+@dataclass(frozen=True)
+class GraphEdit:
+    """Calls inside the code of the module at ``owner``, by their position among all calls made in it.
+
+    Attributes:
+        home: positions of the calls that the merged layer replaces.
+        emptied: positions of the calls that vanish, one tuple for each run.
+        opened: paths of submodules whose own code is edited too.
+    """
+
+    owner: str
+    home: tuple[int, ...]
+    emptied: tuple[tuple[int, ...], ...]
+    opened: frozenset[str] = field(default_factory=frozenset)
+
+
+Edit = UnitEdit | GraphEdit
+
+
+class Frames:
+    """Which calls ran in which module call."""
+
+    def __init__(self, evidence: Evidence, constants: Constants) -> None:
+        self.evidence = evidence
+        self.calls: dict[Frame, list[Node]] = {}
+        self.data: dict[Frame, set[Node]] = {}
+        self.by_path: dict[str, list[Frame]] = {}
+        for node, call in evidence.calls.items():
+            for frame in call.stack:
+                if frame not in self.calls:
+                    self.calls[frame] = []
+                    self.data[frame] = set()
+                    self.by_path.setdefault(frame.path, []).append(frame)
+                self.calls[frame].append(node)
+                if node not in constants and call.op not in CHECKS:
+                    self.data[frame].add(node)
+
+    def call(self, node: Node) -> Call:
+        """The call of a node."""
+        return self.evidence.calls[node]
+
+
+def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -> Edit:
+    """How a site is written back. Raises Refusal where no way is known to be exact."""
+    _check_memory(frames.evidence, [home, *emptied])
+    try:
+        return _as_units(frames, home, emptied, model)
+    except Refusal as refusal:
+        unit_reason = refusal.reason
+    owner = _innermost_common(frames, [home, *emptied])
+    if owner.path not in frames.evidence.signatures:
+        raise Refusal(unit_reason)
+    return _as_graph(frames, owner, home, emptied)
+
+
+def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
+    """The new layer reads its input at another time than some of the old ones: nothing may write in between."""
+    writes = [(memory_root(nodes_of(c.args)[0]), c) for c in evidence.calls.values() if c.mutates and nodes_of(c.args)]
+    if not writes:
+        return
+    for run in runs:
+        nodes = set(calls_of(run.elements))
+        indices = [evidence.calls[node].index for node in nodes]
+        root = memory_root(run.source)
+        for written, call in writes:
+            if written is root and call.node not in nodes and min(indices) < call.index < max(indices):
+                raise Refusal(f"its input is changed in place by {call.op} while the branches run")
+
+
+def _as_units(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -> UnitEdit:
+    units = _units(frames, home)
+    gone = [frame for run in emptied for frame in _units(frames, run)]
+    survivor = _survivor(units, model)
+    for frame in (*units, *gone):
+        _check_module(model, frame.path)
+    paths = [frame.path for frame in (*units, *gone)]
+    if len(set(paths)) != len(paths):
+        raise Refusal(f"{_duplicate(paths)} is called twice with different neighbours")
+    return UnitEdit(survivor.path, tuple(path for path in paths if path != survivor.path))
+
+
+def _duplicate(paths: Sequence[str]) -> str:
+    return next(path for path in paths if paths.count(path) > 1)
+
+
+def _units(frames: Frames, run: Run) -> list[Frame]:
+    """The module calls that make up a run, in order, each feeding the next one and nothing else."""
+    calls = set(calls_of(run.elements))
+    skipped = {leaf.node for leaf in leaves(run.elements) if isinstance(leaf.step, Same)}
+    units: dict[Frame, None] = {}
+    for node in sorted(calls, key=lambda n: frames.call(n).index):
+        frame = frames.call(node).stack[-1]
+        if frames.data[frame] <= calls and not frames.data[frame] <= skipped:
+            units[frame] = None
+        elif node not in skipped:
+            raise Refusal("part of it stands in the code of a module that does more")
+    outer = [u for u in units if not any(u is not v and v in frames.call(_any(frames, u)).stack for v in units)]
+    value = run.source
+    for unit in outer:
+        inside = frames.data[unit]
+        if {_before(v, skipped) for v in _read(frames, inside)} != {_before(value, skipped)}:
+            raise Refusal("its modules do not feed one another in a row")
+        if not _signature_fits(frames.evidence, unit):
+            raise Refusal(f"{unit.path or 'the model'} is called with more than one tensor")
+        value = _result(frames, unit)
+    if _before(run.target, skipped) is not _before(value, skipped):
+        raise Refusal("its modules do not feed one another in a row")
+    return outer
+
+
+def _any(frames: Frames, frame: Frame) -> Node:
+    return next(iter(frames.data[frame]))
+
+
+def _before(value: Node, skipped: set[Node]) -> Node:
+    """The value before the identities that stay where they are."""
+    while value in skipped:
+        value = value.all_input_nodes[0]
+    return value
+
+
+def _read(frames: Frames, inside: set[Node]) -> set[Node]:
+    """Data values that a set of calls reads from outside."""
+    found: set[Node] = set()
+    for node in inside:
+        found.update(n for n in node.all_input_nodes if n not in inside and _is_data(frames, n))
+    return found
+
+
+def _is_data(frames: Frames, node: Node) -> bool:
+    return node in frames.evidence.inputs or node in frames.data[ROOT]
+
+
+def _result(frames: Frames, unit: Frame) -> Node:
+    """The one value that a module call gives to the outside."""
+    inside = frames.data[unit]
+    given = [n for n in inside if n in frames.evidence.outputs or any(u not in inside and _reads(frames, u) for u in n.users)]
+    if len(given) != 1 or not is_tensor(given[0]):
+        raise Refusal(f"a value inside {unit.path or 'the model'} is read elsewhere too")
+    return given[0]
+
+
+def _reads(frames: Frames, user: Node) -> bool:
+    call = frames.evidence.calls.get(user)
+    return call is None or call.op not in CHECKS
+
+
+def _signature_fits(evidence: Evidence, unit: Frame) -> bool:
+    signature = evidence.signatures.get(unit.path)
+    return signature is not None and signature.unary
+
+
+def _survivor(units: Sequence[Frame], model: nn.Module) -> Frame:
+    """The module with the most weights keeps its place; the first of equals."""
+    if not units:
+        raise Refusal("its modules do not feed one another in a row")
+    sizes = {u: sum(p.numel() for p in model.get_submodule(u.path).parameters()) for u in units}
+    return max(units, key=lambda u: (sizes[u], -units.index(u)))
+
+
+# Hooks that only compute a weight, which the evidence graph has seen and evaluated.
+WEIGHT_HOOKS = frozenset({"WeightNorm", "SpectralNorm", "BasePruningMethod"})
+
+
+def _check_module(model: nn.Module, path: str) -> None:
+    """Site conditions on a module that is to be replaced."""
+    for name, module in model.get_submodule(path).named_modules():
+        hooks = [*module._forward_hooks.values(), *module._backward_hooks.values(), *module._forward_pre_hooks.values()]
+        for hook in hooks:
+            if not WEIGHT_HOOKS & {cls.__name__ for cls in type(hook).__mro__}:
+                where = f"{path}.{name}".strip(".")
+                raise Refusal(f"{where} has a hook, which would be lost")
+
+
+def _innermost_common(frames: Frames, runs: Sequence[Run]) -> Frame:
+    stacks = [frames.call(node).stack for run in runs for node in calls_of(run.elements)]
+    common = ROOT
+    for level in zip(*stacks, strict=False):
+        if any(frame != level[0] for frame in level):
+            break
+        common = level[0]
+    return common
+
+
+def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run]) -> GraphEdit:
+    if any(block.partial for run in (home, *emptied) for block in blocks(run.elements)):
+        raise Refusal("the sum has a term that starts from another value")
+    position = {node: index for index, node in enumerate(frames.calls[owner])}
+    calls = {node for run in (home, *emptied) for node in calls_of(run.elements)}
+    opened: set[str] = set()
+    for node in calls:
+        for frame in frames.call(node).stack:
+            inner = frame.path != owner.path and frame in frames.data and frame.path.startswith(owner.path)
+            if inner and not frames.data[frame] <= calls:
+                opened.add(frame.path)
+    where = lambda run: tuple(sorted(position[n] for n in calls_of(run.elements)))  # noqa: E731
+    return GraphEdit(owner.path, where(home), tuple(where(run) for run in emptied), frozenset(opened))

@@ -1,0 +1,123 @@
+"""Running one site in float64: as the evidence has it, as merged, and on absolute values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.node import Node
+
+from convmerge.affine import Affine
+from convmerge.capture import Evidence
+from convmerge.constants import Constants, run_call
+from convmerge.fold import Place, geometry_of, numbers_of, place_of
+from convmerge.plan import Site
+from convmerge.recognise import Passage, Same
+from convmerge.regions import Block, Element, Leaf, calls_of, leaves
+
+
+class Replay:
+    """The two sides of one site, as functions of a float64 tensor of the site's source.
+
+    ``original`` runs the calls of the evidence graph themselves, not the forms recognised in them, so that a
+    wrong recogniser shows. Calls with sizes written into them run at the example's shape only.
+    """
+
+    def __init__(self, site: Site, evidence: Evidence, constants: Constants) -> None:
+        self._site = site
+        self._evidence = evidence
+        self._constants = constants
+        order = {node: call.index for node, call in evidence.calls.items()}
+        self._calls = sorted(calls_of(site.elements), key=order.__getitem__)
+
+    def original(self, x: Tensor) -> Tensor:
+        """The calls as they were captured."""
+        values: dict[Node, Tensor] = {self._site.elements[0].source: x.clone()}
+        return self._run(self._calls, values)[self._calls[-1]]
+
+    def merged(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The site with ``layer`` at home and nothing in place of the other merged parts."""
+        gone = {id(e) for run in self._site.emptied for e in run.elements}
+        home = {id(e) for e in self._site.home.elements}
+
+        def run(x: Tensor) -> Tensor:
+            value, done = x, False
+            for element in self._site.elements:
+                if id(element) in home:
+                    value, done = (value if done else layer(value)), True
+                elif id(element) not in gone and isinstance(element, Leaf):
+                    value = self._run([element.node], {element.source: value})[element.node]
+            return value
+
+        return run
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        """The sum of the absolute values of everything that is added up, for rounding bounds."""
+        return self._magnitudes(self._site.elements, x)
+
+    def terms(self) -> int:
+        """How many products one output element accumulates, summed over the stages."""
+        total = 0
+        for element in self._site.elements:
+            for leaf in leaves([element]):
+                if isinstance(leaf.step, Passage | Same):
+                    continue
+                place = place_of(self._evidence, [leaf])
+                g = geometry_of(leaf, place) if place is not None else None
+                total += 1 if g is None else g.in_channels // g.groups * math.prod(g.kernel) + 1
+        return total
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Small canvases around the kernel's reach, odd and even, then the example's shape."""
+        g, place = self._site.geometry, self._site.place
+        example = place.shape
+        if len(self._site.elements) > len(self._site.home.elements) + sum(len(r.elements) for r in self._site.emptied):
+            return [example]  # passages: their sizes are often written into the call
+        lead = tuple(min(n, 2) for n in example[: place.axis])
+        reach = [max(1, -(-d * (k - 1) // u)) + 1 for d, k, u in zip(g.dilation, g.kernel, g.up, strict=True)]
+        small = [tuple(r + i % 2 for i, r in enumerate(reach)), tuple(2 * r + 1 - i % 2 for i, r in enumerate(reach))]
+        canvases = [(*lead, place.channels, *(max(n, 2) for n in size)) for size in small]
+        return [*dict.fromkeys(canvases), (*lead, *example[place.axis :])]
+
+    def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
+        def look_up(node: Node) -> object:
+            return values[node] if node in values else self._constants.value(node)
+
+        for node in calls:
+            values[node] = run_call(node, look_up)
+        return values
+
+    def _magnitudes(self, elements: Sequence[Element], x: Tensor) -> Tensor:
+        for element in elements:
+            x = self._magnitude_of(element, x)
+        return x
+
+    def _magnitude_of(self, element: Element, x: Tensor) -> Tensor:
+        if isinstance(element, Block):
+            branches: Iterator[Tensor] = (self._magnitudes(branch, x) for branch in element.branches)
+            return torch.stack(list(branches)).sum(0)
+        if isinstance(element.step, Same):
+            return x
+        if isinstance(element.step, Passage):
+            return self._run([element.node], {element.source: x})[element.node].abs()
+        place = place_of(self._evidence, [element])
+        if place is None:
+            place = Place(self._site.place.axis, tuple(x.shape))
+        return apply_at(absolute(numbers_of(element, place)), x, place.axis)
+
+
+def absolute(form: Affine) -> Affine:
+    """The form with absolute weights and biases."""
+    bias = None if form.bias is None else form.bias.abs()
+    return Affine(form.geometry, form.weight.abs(), bias, None if form.ones is None else form.ones.abs())
+
+
+def apply_at(form: Affine, x: Tensor, axis: int) -> Tensor:
+    """A form on a tensor with its channels on ``axis``, whatever stands before it."""
+    lead, rest = x.shape[:axis], x.shape[axis:]
+    y = form(x.reshape(-1, *rest))
+    return y.reshape(*lead, *y.shape[1:])
+
+

@@ -1,0 +1,272 @@
+"""A torch.fx trace of one module, matched call by call with the evidence.
+
+The trace is what gets edited; the evidence is what is known to be true. Each node of the trace is run as a
+module of its own under torch.export, so that every exported call names the node that made it; the exported
+calls must then be the same, in the same order and with the same data flow, as those the evidence shows for
+that module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import Node, map_arg
+
+from convmerge.capture import Evidence, Frame, Signature, plain_defaults, quiet
+from convmerge.constants import Constants, memory_root, view_of
+from convmerge.errors import Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A traced module.
+
+    Attributes:
+        graph: its torch.fx graph, whose calls refer to the module's own submodules by path.
+        made_by: for the module's evidence calls, by position, the trace node that made each.
+        constant: positions of the calls that do not depend on the model's inputs.
+    """
+
+    graph: fx.Graph
+    made_by: tuple[Node, ...]
+    constant: frozenset[int]
+
+
+def retrace(
+    module: nn.Module,
+    frame: Frame,
+    evidence: Evidence,
+    constants: Constants,
+    calls: Sequence[Node],
+    opened: frozenset[str],
+) -> Trace:
+    """Trace ``module``; ``opened`` are the paths (from the module) whose own code is traced too.
+
+    Raises Refusal where its code cannot be traced, or its trace is not what the evidence shows.
+    """
+    signature = evidence.signatures[frame.path]
+    name = type(module).__name__
+    try:
+        graph = _trace(module, signature, opened)
+    except Exception as error:  # torch.fx raises many types on code it cannot follow
+        raise Refusal(f"the code of {name} cannot be traced: {_first_line(error)}") from error
+    try:
+        exported, made_by = _export_stepwise(module, graph, signature)
+    except Exception as error:
+        raise Refusal(f"the trace of {name} cannot be run by itself: {_first_line(error)}") from error
+    if not same_calls(calls, exported):
+        raise Refusal(f"a trace of {name} alone does not make the calls that the whole model makes in it")
+    return Trace(graph, made_by, frozenset(i for i, node in enumerate(calls) if node in constants))
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, opened: frozenset[str]) -> None:
+        super().__init__()
+        self._opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._opened
+
+
+def _trace(module: nn.Module, signature: Signature, opened: frozenset[str]) -> fx.Graph:
+    bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
+    absent = {k: v for k, v in plain_defaults(module).items() if k not in bound.arguments}
+    with quiet():
+        graph = _Tracer(opened).trace(module, concrete_args=absent or None)
+    names = list(inspect.signature(module.forward).parameters)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = name  # tracing with defaults renames parameters, which keyword callers would miss
+    return graph
+
+
+class _Step(nn.Module):
+    """One node of a trace, run as a module so that what it calls carries its name."""
+
+    def __init__(self, node: Node, owner: nn.Module) -> None:
+        super().__init__()
+        self.node = node
+        object.__setattr__(self, "owner_ref", [owner])
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        node, owner = self.node, self.owner_ref[0]  # type: ignore[index]
+        assert isinstance(node.target, str) or callable(node.target)
+        if node.op == "call_module":
+            return owner.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return _attribute(owner, str(node.target))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class _Stepwise(nn.Module):
+    def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        self.owner = owner
+        self.graph = graph
+        self.steps = nn.ModuleList(_Step(n, owner) for n in graph.nodes if n.op not in ("placeholder", "output"))
+
+    def forward(self, *inputs: Any) -> Any:
+        values: dict[Node, Any] = {}
+        remaining, steps = iter(inputs), iter(self.steps)
+        result = None
+        for node in self.graph.nodes:
+            look_up = lambda value: map_arg(value, values.__getitem__)  # noqa: E731
+            if node.op == "placeholder":
+                values[node] = next(remaining)
+            elif node.op == "output":
+                result = look_up(node.args[0])
+            else:
+                values[node] = next(steps)(look_up(node.args), look_up(node.kwargs))
+        return result
+
+
+def _export_stepwise(
+    module: nn.Module, graph: fx.Graph, signature: Signature
+) -> tuple[list[Node], tuple[Node, ...]]:
+    bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
+    bound.apply_defaults()
+    inputs: list[Any] = []
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if bound.arguments.get(name):
+                raise ValueError("it takes any number of arguments")
+        inputs.append(bound.arguments.get(name))
+    with quiet(), torch.no_grad():
+        program = torch.export.export(_Stepwise(module, graph), tuple(inputs), strict=False)
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    exported, made_by = [], []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        step = _step_of(node)
+        if step is None:
+            raise ValueError(f"{node.name} was made by no step")
+        exported.append(node)
+        made_by.append(nodes[step])
+    return exported, tuple(made_by)
+
+
+def _step_of(node: Node) -> int | None:
+    for path, _ in node.meta.get("nn_module_stack", {}).values():
+        parts = path.split("@")[0].split(".")
+        if len(parts) == 2 and parts[0] == "steps":
+            return int(parts[1])
+    return None
+
+
+def _attribute(owner: nn.Module, path: str) -> Any:
+    value: Any = owner
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def same_calls(left: Sequence[Node], right: Sequence[Node]) -> bool:
+    """Whether two sequences of calls are the same operators on the same values.
+
+    Values made outside match if they are used alike everywhere.
+    """
+    if len(left) != len(right):
+        return False
+    matched: dict[Node, Node] = {}
+    back: dict[Node, Node] = {}
+    made_here = set(left)
+    for a, b in zip(left, right, strict=True):
+        if not _same_operator(a, b, made_here) or not _same_value((a.args, a.kwargs), (b.args, b.kwargs), matched, back):
+            return False
+        matched[a], back[b] = b, a
+    return True
+
+
+def _same_operator(a: Node, b: Node, made_here: set[Node]) -> bool:
+    """The same target, or its out-of-place form where what was written to is the module's own.
+
+    ``y += x`` under torch.fx becomes ``y + x``: the same value, and nobody else can tell.
+    """
+    if a.target is b.target:
+        return True
+    if view_of(a) is None or memory_root(a) not in made_here:
+        return False
+    return str(a.target).replace("_.", ".") == str(b.target)
+
+
+def _same_value(a: Any, b: Any, matched: dict[Node, Node], back: dict[Node, Node]) -> bool:
+    if isinstance(a, Node) and isinstance(b, Node):
+        if a.op == "call_function" and a not in matched and b.op == "call_function":
+            return False
+        known = matched.setdefault(a, b)
+        return known is b and back.setdefault(b, a) is a
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same_value(x, y, matched, back) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same_value(a[k], b[k], matched, back) for k in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Trace nodes that one layer can stand for: one value of data in, one value out."""
+
+    nodes: tuple[Node, ...]
+    source: Node
+    result: Node
+
+
+def cut(trace: Trace, positions: Sequence[int]) -> Cut:
+    """The trace nodes that make the calls at ``positions``.
+
+    Raises Refusal where they also make other calls, or share values with the rest of the code.
+    """
+    inside = {trace.made_by[p] for p in positions}
+    covered = set(positions)
+    for position, node in enumerate(trace.made_by):
+        if node in inside and position not in covered and position not in trace.constant:
+            raise Refusal("one expression of the code computes part of it and something else")
+    _include_silent(trace, inside)
+    nodes = tuple(node for node in trace.graph.nodes if node in inside)
+    sources = {s: None for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s)}
+    results = [n for n in nodes if any(user not in inside for user in n.users)]
+    if len(sources) != 1 or len(results) != 1:
+        raise Refusal("the code uses a value inside it elsewhere too")
+    return Cut(nodes, next(iter(sources)), results[0])
+
+
+def _include_silent(trace: Trace, inside: set[Node]) -> None:
+    """Add the nodes in between that make no call at all, such as an ``nn.Identity``."""
+    loud = set(trace.made_by)
+    for node in reversed(trace.graph.nodes):
+        silent = node not in loud and node.op in ("call_module", "call_function", "call_method")
+        if silent and any(u in inside for u in node.users) and any(_descends(s, inside, loud) for s in node.all_input_nodes):
+            inside.add(node)
+
+
+def _descends(node: Node, inside: set[Node], loud: set[Node]) -> bool:
+    """Whether a value comes from ``inside`` through silent nodes only."""
+    while node not in inside and node not in loud and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node in inside
+
+
+def carries_data(node: Node) -> bool:
+    """Whether a trace value can depend on the traced module's inputs."""
+    seen, pending = set(), [node]
+    while pending:
+        current = pending.pop()
+        if current.op in ("placeholder", "call_module"):
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

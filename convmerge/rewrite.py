@@ -1,0 +1,176 @@
+"""The only module that changes a model, and only ever a copy of the caller's.
+
+Merged layers are fresh torch.nn layers. What no site touches keeps its class, attributes, methods and
+state_dict keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.node import Node
+
+from convmerge.lower import GraphEdit, UnitEdit
+from convmerge.retrace import Cut, Trace, carries_data, cut
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """An edit and the layer that it puts in place."""
+
+    edit: UnitEdit | GraphEdit
+    layer: nn.Module
+
+
+def apply(model: nn.Module, replacements: Sequence[Replacement], traces: Mapping[str, Trace]) -> nn.Module:
+    """Put every replacement into ``model``, which is changed and returned (a new root if the root itself is replaced).
+
+    Args:
+        model: a copy of the caller's model.
+        replacements: with edits that do not overlap.
+        traces: owner path → its trace, for graph edits.
+    """
+    tree = _Tree(model)
+    by_owner: dict[str, list[Replacement]] = {}
+    for replacement in replacements:
+        if isinstance(replacement.edit, GraphEdit):
+            by_owner.setdefault(replacement.edit.owner, []).append(replacement)
+    # Deepest owners first: an outer trace then refers to the inner module that is already in its new form.
+    for owner in sorted(by_owner, key=lambda path: -_depth(path)):
+        module = tree.get(owner)
+        tree.put(module, _edited(traces[owner], module, by_owner[owner]))
+    for replacement in replacements:
+        if isinstance(replacement.edit, UnitEdit):
+            _apply_units(tree, replacement.edit, replacement.layer)
+    return tree.root
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + 1 if path else 0
+
+
+class _Tree:
+    """A module tree in which modules can be replaced, each under all of its names, without a search."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._names: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in root.modules():
+            self._note(parent)
+
+    def get(self, path: str) -> nn.Module:
+        return self.root.get_submodule(path)
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        if old is self.root:
+            self.root = new
+        for parent, name in self._names.pop(id(old), []):
+            parent._modules[name] = new
+            self._names.setdefault(id(new), []).append((parent, name))
+        for module in new.modules():
+            self._note(module)
+
+    def _note(self, parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is not None and (parent, name) not in self._names.setdefault(id(child), []):
+                self._names[id(child)].append((parent, name))
+
+
+def _apply_units(tree: _Tree, edit: UnitEdit, layer: nn.Module) -> None:
+    for path in edit.emptied:
+        old = tree.get(path)
+        tree.put(old, _like(nn.Identity(), old))
+    old = tree.get(edit.survivor)
+    tree.put(old, _like(layer, old))
+
+
+def _like(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give a new module the plain attributes that a parent may read off the old one, and its train/eval flag."""
+    for name, value in vars(old).items():
+        if not name.startswith("_") and name != "training" and not hasattr(new, name) and _is_plain(value):
+            setattr(new, name, value)
+    return new.train(old.training)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement]) -> nn.Module:
+    """The owner as a GraphModule with the replacements made."""
+    graph = fx.Graph()
+    copies: dict[Node, Node] = {}
+    output = graph.graph_copy(trace.graph, copies)
+    source_output = next(n for n in trace.graph.nodes if n.op == "output")
+    graph.output(output, type_expr=source_output.type)
+    taken: set[str] = set()
+    for index, replacement in enumerate(replacements):
+        edit = replacement.edit
+        assert isinstance(edit, GraphEdit)
+        for run in edit.emptied:
+            _replace(graph, cut(trace, run), copies, None)
+        home = cut(trace, edit.home)
+        name = _place_name(owner, trace, home, index, taken)
+        old = _child(owner, name)
+        _place(owner, name, _like(replacement.layer, old) if old is not None else replacement.layer)
+        _replace(graph, home, copies, name)
+    _drop_dead(graph)
+    graph.lint()
+    module = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
+    module.graph._tracer_cls = fx.Tracer  # a tracer of our own class would make the file need convmerge
+    module._tracer_cls = fx.Tracer  # type: ignore[assignment]
+    return _like(module, owner)
+
+
+def _replace(graph: fx.Graph, part: Cut, copies: Mapping[Node, Node], name: str | None) -> None:
+    """Put a call of the module ``name``, or nothing, in place of the nodes of a cut."""
+    nodes = [copies[node] for node in part.nodes]
+    result = copies[part.result]
+    # The source may be what another replacement has put there: read it off the copy.
+    inside = set(nodes)
+    source = next(s for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s))
+    with graph.inserting_after(result):
+        new = source if name is None else graph.call_module(name, (source,))
+    result.replace_all_uses_with(new)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Erase what computed weights for calls that are gone."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("get_attr", "call_function", "call_method") and not carries_data(node):
+            graph.erase_node(node)
+
+
+def _place_name(owner: nn.Module, trace: Trace, home: Cut, index: int, taken: set[str]) -> str:
+    """The name of the first weighted submodule that vanishes, so that the new layer stands where it stood."""
+    for node in home.nodes:
+        name = str(node.target)
+        if node.op != "call_module" or not list(owner.get_submodule(name).parameters()):
+            continue
+        calls = sum(n.op == "call_module" and n.target == name for n in trace.graph.nodes)
+        if calls == 1 and name not in taken:
+            taken.add(name)
+            return name
+    name = f"merged_{index}"
+    while hasattr(owner, name):
+        name += "_"
+    return name
+
+
+def _child(owner: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return owner.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _place(owner: nn.Module, name: str, layer: nn.Module) -> None:
+    *parents, last = name.split(".")
+    owner.get_submodule(".".join(parents))._modules[last] = layer

@@ -1,0 +1,182 @@
+"""Decisions as the report shows them: places, operators and reasons in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from convmerge.affine import Geometry
+from convmerge.cost import Cost
+from convmerge.decide import Decider, Decisions, site_paths
+from convmerge.fold import geometry_of, place_of
+from convmerge.errors import Refusal
+from convmerge.layers import Built
+from convmerge.plan import Denial, Site
+from convmerge.recognise import Filter, Passage, Same, Scalar
+from convmerge.regions import Block, Element, Leaf, Regions, calls_of, leaves
+from convmerge.report import SiteReport
+from convmerge.static import StaticProofs
+
+
+def describe_sites(
+    decider: Decider, decisions: Decisions, built: Sequence[Built], proofs: StaticProofs
+) -> tuple[SiteReport, ...]:
+    """Every site of the model in execution order, with what becomes of it and why."""
+    outcome = {id(b.decision): b for b in built}
+    rows: list[tuple[int, SiteReport]] = []
+    for decision in decisions.merges:
+        b = outcome.get(id(decision))
+        refusal = b.refusal if b is not None else None
+        static = proofs.proves(decision.edit)
+        for site in (decision.site, *decision.also):
+            rows.append((_when(decider, site.elements), _merge_row(decider, site, b, refusal, static)))
+    for denial in decisions.denials:
+        rows.append((_when(decider, denial.elements), _denial_row(decider, denial)))
+    rows.extend(_refused_calls(decider, decisions.regions))
+    return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))
+
+
+def describe_unknown(regions: Regions) -> dict[str, int]:
+    """Operators without a rule, most frequent first."""
+    return dict(Counter(call.op for call in regions.unknown).most_common())
+
+
+def _when(decider: Decider, elements: Sequence[Element]) -> int:
+    return min(decider.evidence.calls[node].index for node in calls_of(elements))
+
+
+def _merge_row(decider: Decider, site: Site, built: Built | None, refusal: str | None, static: bool) -> SiteReport:
+    found = built.probe if built is not None else None
+    return SiteReport(
+        place=_place(decider, site.elements),
+        operators=_operators(site.elements),
+        geometry=describe_geometry(site.geometry),
+        action="merge" if refusal is None else "refuse",
+        reason=f"one {site.emission}" if refusal is None else refusal,
+        evidence=("static" if static else "observed") if refusal is None else "",
+        tree=_tree(site.elements),
+        error=found.error if found is not None else None,
+        bound=found.bound if found is not None else None,
+        **_figures(site.before, site.after),
+    )
+
+
+def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
+    keep = denial.after is not None and denial.before is not None
+    reason = denial.reason
+    figures: dict[str, float] = {}
+    if denial.before is not None and denial.after is not None:
+        reason = f"{reason}: {_comparison(denial.before, denial.after)}"
+        figures = _figures(denial.before, denial.after)
+    return SiteReport(
+        place=_place(decider, denial.elements),
+        operators=_operators(denial.elements),
+        geometry=_geometry_words(decider, denial.elements),
+        action="keep" if keep else "refuse",
+        reason=reason,
+        tree=_tree(denial.elements),
+        **figures,  # type: ignore[arg-type]
+    )
+
+
+def _comparison(before: Cost, after: Cost) -> str:
+    if after.macs > before.macs:
+        return f"{_ratio(after.macs, before.macs)} the MACs"
+    if after.weights > before.weights and after.latency <= before.latency:
+        return f"{_ratio(after.weights, before.weights)} the weights"
+    return f"{_ratio(after.latency, before.latency)} the predicted time"
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.2f}×" if before else "more than"
+
+
+def _figures(before: Cost, after: Cost) -> dict[str, float]:
+    return {
+        "macs_before": before.macs,
+        "macs_after": after.macs,
+        "weights_before": before.weights,
+        "weights_after": after.weights,
+        "latency_before": before.latency,
+        "latency_after": after.latency,
+    }
+
+
+def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteReport]]:
+    """Known operators that are no affine form here, where one stands next to them."""
+    filters = {leaf.node for chain in regions.chains for leaf in leaves(chain) if isinstance(leaf.step, Filter)}
+    rows = []
+    for node, reason in regions.refused.items():
+        call = decider.evidence.calls[node]
+        if any(n in filters for n in (*node.all_input_nodes, *node.users)):
+            rows.append((call.index, SiteReport(call.path or call.op, (call.op,), "", "refuse", reason)))
+    return rows
+
+
+def _place(decider: Decider, elements: Sequence[Element]) -> str:
+    paths = [p for p in site_paths(decider.evidence, elements) if p] or [""]
+    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+
+
+def _operators(elements: Sequence[Element]) -> tuple[str, ...]:
+    names: list[str] = []
+    for element in elements:
+        if isinstance(element, Block):
+            names.append("+".join(_branch(branch) for branch in element.branches))
+        elif not isinstance(element.step, Same):
+            names.append(element.step.kind)
+    return tuple(names)
+
+
+def _branch(branch: Sequence[Element]) -> str:
+    names = _operators(branch)
+    if not names:
+        return "identity"
+    return f"({' → '.join(names)})" if len(names) > 1 else names[0]
+
+
+def _tree(elements: Sequence[Element], indent: str = "") -> tuple[str, ...]:
+    """One line per operator, branches indented; empty where there are no branches."""
+    if not any(isinstance(element, Block) for element in elements):
+        return tuple(indent + name for name in _operators(elements)) if indent else ()
+    lines: list[str] = []
+    for element in elements:
+        if isinstance(element, Block):
+            lines.append(f"{indent}sum of {len(element.branches)} branches")
+            for branch in element.branches:
+                lines.extend(_tree(branch, indent + "  ") or (f"{indent}  {_branch(branch)}",))
+        else:
+            lines.extend(indent + name for name in _operators([element]))
+    return tuple(lines)
+
+
+def _geometry_words(decider: Decider, elements: Sequence[Element]) -> str:
+    words = []
+    for element in elements:
+        place = place_of(decider.evidence, [element])
+        if isinstance(element, Leaf) and isinstance(element.step, Same | Scalar | Passage):
+            continue
+        try:
+            words.append(describe_geometry(geometry_of(element, place)) if place is not None else "")
+        except Refusal:
+            words.append("sum")
+    return ", ".join(word for word in words if word)
+
+
+def describe_geometry(g: Geometry) -> str:
+    """A geometry in words: channels, kernel, and whatever is not the default."""
+    words = [f"{g.in_channels}→{g.out_channels}"]
+    if g.spatial:
+        words.append("×".join(map(str, g.kernel)))
+    words += [
+        f"{name} {'×'.join(map(str, dims)) if len(set(dims)) > 1 else dims[0]}"
+        for name, dims, default in (
+            ("up", g.up, 1), ("stride", g.down, 1), ("dilation", g.dilation, 1), ("padding", g.lo, 0),
+        )
+        if any(d != default for d in dims)
+    ]
+    if g.lo != g.hi:
+        words[-1] += f"/{'×'.join(map(str, g.hi))}" if any(g.lo) else f", end {'×'.join(map(str, g.hi))}"
+    if g.groups > 1:
+        words.append(f"groups {g.groups}")
+    return " ".join(words)
