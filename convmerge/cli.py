@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,10 +112,10 @@ def _app(
 @spread
 def inspect_command(path: _Model, source: Source, choice: Choice, printing: Printing) -> int:
     """Show what could be merged, what not, and why. Writes nothing."""
-    from convmerge import api, render
+    from convmerge import render
 
     try:
-        report = _planned(api.inspect, path, source, choice, printing)
+        report = _planned("inspect", path, source, choice, printing)
     except LoadError:
         _print_contents(path, printing)
         raise
@@ -128,9 +128,9 @@ def inspect_command(path: _Model, source: Source, choice: Choice, printing: Prin
 @spread
 def check_command(path: _Model, source: Source, choice: Choice, printing: Printing) -> int:
     """Exit with 1 while a profitable merge is left, for CI. Writes nothing."""
-    from convmerge import api, render
+    from convmerge import render
 
-    report = _planned(api.check, path, source, choice, printing)
+    report = _planned("check", path, source, choice, printing)
     command = _fuse_command(path, source, choice)
     _print(printing, report, lambda view: render.check_parts(report, view, command))
     return FINDING if report.merged() else CLEAN
@@ -157,29 +157,28 @@ def fuse_command(
         raise ConvmergeError("fuse needs to know what to write", "add -o OUT, or -n to write nothing")
     with printing.terminal().working() as progress:
         clock = Clock()
-        opened, inputs = _open(path, source, progress)
-        if output:
-            io.check_target(output, like=opened, force=force)
-        clock.lap("load")
+        with clock.stage("load", progress):
+            opened, inputs = _open(path, source)
+            if output:
+                io.check_target(output, like=opened, force=force)
         result = api.fuse(opened.module, inputs, seed=source.seed, progress=progress, **choice.arguments())
-        clock.lap("fuse")
         verdict = result.report.verification
         equal = verdict is None or verdict.equal
         target = None if dry_run or not equal else output
         if target:
-            progress("write", 0, 0)
-            io.save(result.model, target, like=opened, force=force, verify=_same_as(result.model, inputs))
-            clock.lap("write")
+            with clock.stage("write", progress):
+                verify = _same_as(result.model, inputs)
+                io.save(result.model, target, like=opened, force=force, verify=verify)
     report = dataclasses.replace(
         result.report,
         model=str(path),
         warnings=(*opened.notes, *result.report.warnings),
-        seconds=clock.laps | result.report.seconds,
+        seconds=clock.around(result.report.seconds),
         file_bytes=_sizes(before=path, after=target),
         output=str(target) if target else None,
     )
-    outcome = _outcome(report, equal)
-    _print(printing, report, lambda view: render.fuse_parts(report, view, outcome, clock.total))
+    outcome = _outcome(report, equal, clock.total())
+    _print(printing, report, lambda view: render.fuse_parts(report, view, outcome))
     return CLEAN if equal else FINDING
 
 
@@ -197,12 +196,11 @@ def verify_command(
 
     with printing.terminal().working() as progress:
         clock = Clock()
-        first, inputs = _open(a, source, progress)
-        second = source.open(b)
-        clock.lap("load")
-        progress("compare", 0, 0)
-        verdict = api.verify(first.module, second.module, inputs, seed=source.seed)
-        clock.lap("compare")
+        with clock.stage("load", progress):
+            first, inputs = _open(a, source)
+            second = source.open(b)
+        with clock.stage("compare", progress):
+            verdict = api.verify(first.module, second.module, inputs, seed=source.seed)
     report = Report(
         "verify",
         f"{a}, {b}",
@@ -210,7 +208,7 @@ def verify_command(
         inputs_inferred=inputs.inferred,
         warnings=(*first.notes, *second.notes),
         verification=verdict,
-        seconds=clock.laps,
+        seconds=clock.stages,
         file_bytes=_sizes(before=a, after=b),
     )
     _print(printing, report, lambda view: render.verify_parts(report, view))
@@ -222,44 +220,50 @@ class NotSameError(ConvmergeError):
 
 
 class Clock:
-    """Time by stage."""
+    """Time since it was made, and by stage."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
+        self.start = time.perf_counter()
+        self.stages: dict[str, float] = {}
 
-    def lap(self, stage: str) -> None:
-        """``stage`` ends now."""
-        now = time.perf_counter()
-        self.laps[stage] = now - self._last
-        self._last = now
+    @contextlib.contextmanager
+    def stage(self, name: str, progress: Progress) -> Iterator[None]:
+        """Time what is done inside."""
+        progress(name, 0, 0)
+        start = time.perf_counter()
+        yield
+        self.stages[name] = time.perf_counter() - start
 
-    @property
+    def around(self, between: dict[str, float]) -> dict[str, float]:
+        """The stages with those ``between`` the first and the second, in order."""
+        first = dict(list(self.stages.items())[:1])
+        return first | between | self.stages
+
     def total(self) -> float:
-        """Seconds up to the last lap."""
-        return self._last - self._start
+        """Seconds since the start."""
+        return time.perf_counter() - self.start
 
 
-def _open(path: Path, source: Source, progress: Progress) -> tuple[ModelFile, Inputs]:
-    progress("load", 0, 0)
+def _open(path: Path, source: Source) -> tuple[ModelFile, Inputs]:
     opened = source.open(path)
     return opened, source.example_inputs(opened.module)
 
 
-def _planned(
-    plan: Callable[..., Report], path: Path, source: Source, choice: Choice, printing: Printing
-) -> Report:
-    """Run ``plan``, which is api.inspect or api.check, on a model file."""
+def _planned(name: str, path: Path, source: Source, choice: Choice, printing: Printing) -> Report:
+    """Run the API's inspect or check on a model file."""
+    from convmerge import api
+
+    plan = {"inspect": api.inspect, "check": api.check}[name]
     with printing.terminal().working() as progress:
         clock = Clock()
-        opened, inputs = _open(path, source, progress)
-        clock.lap("load")
+        with clock.stage("load", progress):
+            opened, inputs = _open(path, source)
         report = plan(opened.module, inputs, progress=progress, **choice.arguments())
     return dataclasses.replace(
         report,
         model=str(path),
         warnings=(*opened.notes, *report.warnings),
-        seconds=clock.laps | report.seconds,
+        seconds=clock.around(report.seconds),
         file_bytes=_sizes(before=path),
     )
 
@@ -281,12 +285,16 @@ def _sizes(**files: Path | None) -> dict[str, int]:
     return {side: file.stat().st_size for side, file in files.items() if file}
 
 
-def _outcome(report: Report, equal: bool) -> str:
+def _outcome(report: Report, equal: bool, time_taken: float) -> str:
+    from convmerge.render.figures import seconds
+
     if not equal:
-        return "nothing written"
-    if report.output is None:
-        return "dry run: nothing written"
-    return f"wrote {report.output}" if report.merged() else f"wrote the model unchanged to {report.output}"
+        what = "nothing written"
+    elif report.output is None:
+        what = "dry run: nothing written"
+    else:
+        what = f"wrote {'' if report.merged() else 'the model unchanged to '}{report.output}"
+    return f"{what} ({seconds(time_taken)})"
 
 
 def _fuse_command(path: Path, source: Source, choice: Choice) -> str:

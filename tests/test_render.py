@@ -114,8 +114,8 @@ GOLDEN_CASES = {
     "inspect-200-verbose": inspect_parts(REPORT, View(200, verbose=True), COMMAND),
     "inspect-200-ascii": inspect_parts(REPORT, View(200, unicode=False), COMMAND),
     "check-120": check_parts(REPORT, View(120), COMMAND),
-    "fuse-100": fuse_parts(REPORT, View(100), "wrote net-fused.pt", 2.34),
-    "fuse-40": fuse_parts(REPORT, View(40), "wrote net-fused.pt", 2.34),
+    "fuse-100": fuse_parts(REPORT, View(100), "wrote net-fused.pt (2.3 s)"),
+    "fuse-40": fuse_parts(REPORT, View(40), "wrote net-fused.pt (2.3 s)"),
     "verify-100": verify_parts(REPORT, View(100)),
 }
 
@@ -139,8 +139,8 @@ def test_only_commands_are_wider_than_the_terminal(name: str) -> None:
 def test_ascii_output_is_ascii() -> None:
     for parts in (
         inspect_parts(REPORT, View(200, unicode=False), COMMAND),
-        fuse_parts(REPORT, View(80, unicode=False), "wrote", 1.0),
-        fuse_parts(REPORT, View(30, unicode=False), "wrote", 1.0),
+        fuse_parts(REPORT, View(80, unicode=False), "wrote"),
+        fuse_parts(REPORT, View(30, unicode=False), "wrote"),
     ):
         assert show(parts, 200).isascii()
 
@@ -190,7 +190,7 @@ def test_names_are_printed_literally(width: int, verbose: bool) -> None:
     for parts in (
         inspect_parts(report, view, HOSTILE),
         check_parts(report, view, HOSTILE),
-        fuse_parts(report, view, HOSTILE, 1.0),
+        fuse_parts(report, view, HOSTILE),
         verify_parts(report, view),
     ):
         shown = show(parts, width)
@@ -234,4 +234,5 @@ def test_other_numbers() -> None:
     assert arrow(2_000, 1_000) == "2.00 k → 1.00 k"
     assert (difference(3, 3), difference(3, 1), difference(1, 3)) == ("", "−2", "+2")
     assert (percent(0, 5), percent(200, 199), percent(200, 150)) == ("", "−0.5 %", "−25 %")
+    assert seconds(3.84e-5) == "38 µs"
     assert (seconds(0.34), seconds(6.24), seconds(125)) == ("340 ms", "6.2 s", "2 min 5 s")

@@ -35,7 +35,9 @@ def percent(before: int, after: int) -> str:
 
 
 def seconds(time: float) -> str:
-    """340 ms, 6.2 s, 2 min 5 s."""
+    """38 µs, 340 ms, 6.2 s, 2 min 5 s."""
+    if time < 1e-3:
+        return f"{time * 1e6:.0f} µs"
     if time < 1:
         return f"{time * 1000:.0f} ms"
     if time < 100:

@@ -33,7 +33,9 @@ def inspect_parts(report: Report, view: View, next_command: str) -> list[Rendera
         counts = ", ".join(f"{name} ×{calls}" for name, calls in by_count(report.unknown))
         parts.append(view.text(f"operators without a rule: {counts}"))
     if report.before:
-        parts.append(view.text(_totals(report, report.before)))
+        parts.append(view.text(_figures_of(report.before)))
+    if report.merged():
+        parts.append(view.text(_merge_totals(report.merged())))
     parts += _times(report, view)
     if report.merged():
         parts.append(_command("next", next_command, view))
@@ -58,8 +60,8 @@ def check_parts(report: Report, view: View, next_command: str) -> list[Renderabl
     ]
 
 
-def fuse_parts(report: Report, view: View, outcome: str, time: float) -> list[RenderableType]:
-    """What ``convmerge fuse`` prints; ``outcome`` says what became of the file, ``time`` is in seconds."""
+def fuse_parts(report: Report, view: View, outcome: str) -> list[RenderableType]:
+    """What ``convmerge fuse`` prints; ``outcome`` says what became of the file."""
     parts: list[RenderableType] = [view.text(f"{report.model}: {_verdict(report.sites)}", "bold")]
     parts += _inputs(report, view)
     if view.verbose and report.sites:
@@ -70,7 +72,7 @@ def fuse_parts(report: Report, view: View, outcome: str, time: float) -> list[Re
     if report.verification:
         parts += _verification(report.verification, view)
     parts += _times(report, view)
-    parts.append(view.text(f"{outcome} ({seconds(time)})"))
+    parts.append(view.text(outcome))
     return parts
 
 
@@ -153,16 +155,15 @@ def _figures(item: Comparison) -> tuple[str, str, str]:
     return pair(item.difference, item.relative), pair(item.difference64, item.relative64), ratio
 
 
-def _totals(report: Report, before: Counts) -> str:
-    """The model's figures, and what they come to when every merge is made."""
-    macs, parameters = before.macs, before.parameters
-    for site in report.merged():
-        macs += site.macs_after - site.macs_before
-        parameters += site.weights_after - site.weights_before
-    calls = plural(sum(before.operators.values()), "operator")
-    return (
-        f"total: {calls}, MACs {arrow(before.macs, macs)}, parameters {arrow(before.parameters, parameters)}"
-    )
+def _figures_of(counts: Counts) -> str:
+    calls = plural(sum(counts.operators.values()), "operator")
+    return f"model: {calls}, {compact(counts.macs)} MACs, {compact(counts.parameters)} parameters"
+
+
+def _merge_totals(merges: Sequence[SiteReport]) -> str:
+    macs = arrow(sum(site.macs_before for site in merges), sum(site.macs_after for site in merges))
+    weights = arrow(sum(site.weights_before for site in merges), sum(site.weights_after for site in merges))
+    return f"merges: MACs {macs}, weights {weights}"
 
 
 def _verdict(sites: Sequence[SiteReport]) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from convmerge.render.figures import arrow, error
+from convmerge.render.figures import arrow, error, seconds
 from convmerge.render.view import View, inset, natural_width, new_table
 from convmerge.report import SiteReport
 
 STYLES = {"merge": "green", "keep": "yellow", "refuse": "magenta"}
+T = TypeVar("T", int, float)
 _REASON_WIDTH = 28  # a narrower column of reasons is hard to read
 
 
@@ -44,9 +46,9 @@ class Group:
         """The reason they share, or those of the first and the last."""
         return _span([site.reason for site in self.sites])
 
-    def total(self, of: Callable[[SiteReport], int]) -> int:
+    def total(self, of: Callable[[SiteReport], T]) -> T:
         """The sum of a figure over all sites."""
-        return sum(of(site) for site in self.sites)
+        return sum((of(site) for site in self.sites[1:]), of(self.first))
 
 
 def _span(values: Sequence[str]) -> str:
@@ -96,7 +98,7 @@ def _site_table(groups: Sequence[Group], view: View) -> Table:
         ]
         if view.verbose:
             cells.append(view.text(_site_error(site)))
-        table.add_row(*cells, view.text(_reason(group, view)))
+        table.add_row(*cells, view.text(_reason(group)))
     return table
 
 
@@ -104,7 +106,7 @@ def _paragraph(group: Group, view: View) -> list[RenderableType]:
     site = group.first
     title = view.text(site.action, STYLES[site.action]) + Text(" ") + view.text(group.place)
     facts = [", ".join(site.operators), group.geometry, f"MACs {_macs(group)}", f"weights {_weights(group)}"]
-    lines = ["; ".join(fact for fact in facts if fact), _reason(group, view)]
+    lines = ["; ".join(fact for fact in facts if fact), _reason(group)]
     return [title, *(inset(line, view) for line in lines if line)]
 
 
@@ -121,9 +123,15 @@ def _weights(group: Group) -> str:
     return arrow(group.total(lambda s: s.weights_before), group.total(lambda s: s.weights_after))
 
 
-def _reason(group: Group, view: View) -> str:
+def _reason(group: Group) -> str:
+    """Why, and for a merge that looks like a loss, what it gains."""
+    reason = group.reason
+    before, after = group.total(lambda s: s.latency_before), group.total(lambda s: s.latency_after)
+    dearer = group.total(lambda s: s.macs_after) > group.total(lambda s: s.macs_before)
+    if group.first.action == "merge" and dearer and after < before:
+        reason += f", predicted {seconds(before)} → {seconds(after)}"
     observed = any(site.evidence == "observed" for site in group.sites)
-    return group.reason + (" (observed on these inputs)" if observed else "")
+    return reason + (" (observed on these inputs)" if observed else "")
 
 
 def _site_error(site: SiteReport) -> str:
