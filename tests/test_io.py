@@ -221,6 +221,13 @@ def test_tensors_with_attributes_and_half_precision(tmp_path: Path) -> None:
     assert not loaded[0].weight.is_meta and loaded.training
 
 
+def test_attributes_named_like_methods(tmp_path: Path) -> None:
+    """ultralytics sets ``module.type = "Conv"``, which calls nothing."""
+    model = small()
+    model[0].type = "torch.nn.modules.conv.Conv2d"
+    assert load(saved(tmp_path / "m.pt", model))[0].type == model[0].type
+
+
 def test_describes_what_the_file_is(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt", small())
     file = open_model(path)

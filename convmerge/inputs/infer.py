@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convmerge.errors import ConvmergeError
-from convmerge.inputs.random import integer_range, random_tensor
+from convmerge.inputs.random import integer_range, random_tensor, seeded
 from convmerge.inputs.values import Inputs, forward_parameters, model_device, model_dtype
 from convmerge.io.pickles import printable
 
@@ -48,21 +48,22 @@ def infer_inputs(model: nn.Module, seed: int) -> Inputs:
     """
     name = _only_input(model)
     trial = _copy(model)
-    failures: list[str] = []
+    high, device = integer_range(model), model_device(model)
+    first_failure = ""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for shape, dtype, must_enlarge in _candidates(model):
-            generator = torch.Generator().manual_seed(seed)
-            value = random_tensor(shape, dtype, integer_range(model), generator).to(model_device(model))
+            value = random_tensor(shape, dtype, high, seeded(seed)).to(device)
             try:
                 output = trial(value.clone())
-            except (Exception, RecursionError, MemoryError) as error:
-                failures.append(f"{_text(shape)}: {printable(str(error).partition(chr(10))[0])}")
+            except Exception as error:  # a forward can fail in any way on a shape that does not fit
+                first_failure = first_failure or f"; at {_text(shape)}: {_first_line(error)}"
                 continue
             if not must_enlarge or _enlarged(value, output):
                 return Inputs((value,), {}, True, (name,))
-    tried = f"; {failures[0]}" if failures else ""
-    raise ConvmergeError(f"the input shape cannot be inferred{tried}", "pass it: --input 1,3,224,224")
+    raise ConvmergeError(
+        f"the input shape cannot be inferred{first_failure}", "pass it as in --input 1,3,224,224"
+    )
 
 
 def _only_input(model: nn.Module) -> str:
@@ -88,7 +89,7 @@ def _only_input(model: nn.Module) -> str:
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).eval()
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         reason = printable(f"{type(error).__name__}: {error}")
         raise ConvmergeError(
             f"the model cannot be copied: {reason}", "give it plain parameters and attributes"
@@ -187,6 +188,10 @@ def _enlarged(value: Tensor, output: Any) -> bool:
         and math.prod(out.shape[2:]) > math.prod(value.shape[2:])
         for out in outputs
     )
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def _text(shape: Shape) -> str:

@@ -6,8 +6,8 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from convmerge.errors import ConvmergeError
 from convmerge.inputs.infer import infer_inputs
-from convmerge.inputs.random import integer_range, random_tensor
+from convmerge.inputs.random import integer_range, random_tensor, seeded
 from convmerge.inputs.values import Inputs, as_inputs, forward_parameters, model_device, model_dtype
 from convmerge.io.pickles import printable
 
 _SYNTAX = "as in --input 1,3,224,224, --input name=1,16:int64 or --input name=@file.npy"
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:@(?P<file>.+)|(?P<shape>[^:@]*)(?::(?P<dtype>\w+))?)")
-_SHAPE = re.compile(r"\d+(?:[,x×]\d+)*,?")
+_SHAPE = re.compile(r"\d{1,12}(?:[,x×]\d{1,12})*,?")
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -82,7 +82,7 @@ def parse_spec(text: str) -> Spec:
     if match["file"] is not None:
         path, dtype = _split_dtype(match["file"])
         return Spec(text, name, dtype=dtype, file=Path(path).expanduser())
-    shape = match["shape"].strip().strip("()[]").replace(" ", "")
+    shape = re.sub(r"\s*([,x×])\s*", r"\1", match["shape"].strip().strip("()[]").strip())
     if not _SHAPE.fullmatch(shape) and shape != "scalar":
         raise ConvmergeError(f"--input {printable(text)}: '{printable(shape)}' is not a shape", _SYNTAX)
     sizes = tuple(int(size) for size in re.findall(r"\d+", shape))
@@ -106,7 +106,7 @@ def _split_dtype(file: str) -> tuple[str, torch.dtype | None]:
 
 
 def _from_specs(specs: Sequence[Spec], seed: int, model: nn.Module) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     default, high = model_dtype(model), integer_range(model)
     args: list[Tensor] = []
     kwargs: dict[str, Any] = {}
@@ -129,16 +129,15 @@ def _from_specs(specs: Sequence[Spec], seed: int, model: nn.Module) -> Inputs:
 def _load_tensor(spec: Spec) -> Tensor:
     path = spec.file
     assert path is not None
-    if path.suffix == ".pt" or path.suffix == ".pth":
-        value = _load_pt(path)
-        if not isinstance(value, Tensor):
-            raise ConvmergeError(
-                f"{path} holds a {type(value).__name__}, not a tensor", f"--inputs {path} for several inputs"
-            )
-        return value
     if path.suffix in (".npy", ".npz"):
         return _load_numpy(path, spec.name)
-    raise ConvmergeError(f"--input {printable(spec.text)}: the file is no .pt, .npy or .npz", _SYNTAX)
+    if path.suffix not in (".pt", ".pth"):
+        raise ConvmergeError(f"--input {printable(spec.text)}: the file is no .pt, .npy or .npz", _SYNTAX)
+    value = _load_pt(path)
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise ConvmergeError(f"{path} holds a {kind}, not a tensor", f"--inputs {path} for several inputs")
+    return value
 
 
 def _load_pt(path: Path) -> Any:
@@ -146,7 +145,7 @@ def _load_pt(path: Path) -> Any:
     _check_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (Exception, RecursionError, MemoryError):
+    except Exception:
         raise ConvmergeError(
             f"{path} is no torch-saved tensor, tuple, list or dict of tensors",
             'make it with torch.save((x, y), "inputs.pt")',
@@ -154,22 +153,22 @@ def _load_pt(path: Path) -> Any:
 
 
 def _load_numpy(path: Path, name: str | None) -> Tensor:
+    """The array in a .npy file; of an .npz the one called as the input, or the only one."""
     _check_file(path)
     try:
         data = numpy.load(path, allow_pickle=False)
-        if isinstance(data, Mapping):  # .npz
-            key = name if name in data else next(iter(data), "")
-            if name not in data and len(data) != 1:
-                raise ConvmergeError(
-                    f"{path} holds {len(data)} arrays", "name one: --input NAME=@" + str(path)
-                )
-            data = data[key]
-        return torch.from_numpy(numpy.ascontiguousarray(data))
+        arrays = {"": data} if isinstance(data, numpy.ndarray) else data
+        if name not in arrays and len(arrays) != 1:
+            hint = f"name one of them, as in --input {next(iter(arrays), 'NAME')}=@{path}"
+            raise ConvmergeError(f"{path} holds {len(arrays)} arrays", hint)
+        key = name if name in arrays else next(iter(arrays))
+        return torch.from_numpy(numpy.array(arrays[key], order="C"))
     except ConvmergeError:
         raise
     except Exception as error:
+        reason = printable(str(error) or type(error).__name__)
         raise ConvmergeError(
-            f"{path} is no readable numpy file: {printable(str(error))}", "make it with numpy.save"
+            f"{path} is no readable numpy file: {reason}", "make it with numpy.save"
         ) from None
 
 
@@ -179,30 +178,34 @@ def _check_file(path: Path) -> None:
 
 
 def _fit(inputs: Inputs, model: nn.Module) -> Inputs:
-    """Check the inputs against forward's signature and name the positional ones."""
+    """Check the inputs against forward's signature, and name the positional ones.
+
+    Raises:
+        ConvmergeError: too many inputs, an unknown name, an input given twice, or one that is missing.
+    """
     parameters = forward_parameters(model)
-    kinds = {parameter.kind for parameter in parameters}
-    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for name in inputs.kwargs:
-            if name not in named:
-                raise _unknown_name(name, named)
-    if inspect.Parameter.VAR_POSITIONAL not in kinds and len(inputs.args) > len(named):
-        raise ConvmergeError(
-            f"{len(inputs.args)} inputs for a forward({', '.join(named)})", "leave some --input out"
-        )
-    for name in named[: len(inputs.args)]:
-        if name in inputs.kwargs:
+    kinds = {p.kind for p in parameters}
+    by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = by_position[: len(inputs.args)]
+    signature = f"forward({', '.join(dict.fromkeys([*by_position, *by_name]))})"
+    for name in inputs.kwargs:
+        if name in positional:
             raise ConvmergeError(f"input {name} is given by position and by name", "give every input once")
-    given = {*named[: len(inputs.args)], *inputs.kwargs}
-    missing = [p.name for p in parameters if p.name in named and p.default is p.empty and p.name not in given]
+        if name not in by_name and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise _unknown_name(name, signature, by_name)
+    if len(inputs.args) > len(by_position) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise ConvmergeError(f"{len(inputs.args)} inputs for {signature}", "leave some --input out")
+    given = {*positional, *inputs.kwargs}
+    needed = [p.name for p in parameters if p.default is p.empty and p.name in (*by_position, *by_name)]
+    missing = [name for name in needed if name not in given]
     if missing:
         flags = " ".join(f"--input {name}=SHAPE" for name in missing)
-        raise ConvmergeError(f"forward({', '.join(named)}) also needs {', '.join(missing)}", f"add {flags}")
-    return Inputs(inputs.args, inputs.kwargs, inputs.inferred, tuple(named))
+        raise ConvmergeError(f"{signature} also needs {', '.join(missing)}", f"add {flags}")
+    return replace(inputs, names=tuple(positional))
 
 
-def _unknown_name(name: str, named: Sequence[str]) -> ConvmergeError:
-    close = difflib.get_close_matches(name, named, 1)
-    hint = f"did you mean {close[0]}?" if close else f"its inputs are: {', '.join(named)}"
+def _unknown_name(name: str, signature: str, names: Sequence[str]) -> ConvmergeError:
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {close[0]}?" if close else f"the model has {signature}"
     return ConvmergeError(f"forward has no input named {printable(name)}", hint)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, so that torch's global one is left alone; any integer is a seed."""
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, high: int, generator: torch.Generator) -> Tensor:
     """Standard normal values, integers from 0 to ``high`` - 1, or fair booleans, on the CPU."""
     if dtype.is_floating_point or dtype.is_complex:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convmerge.errors import ConvmergeError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """Arguments of one call of ``forward``.
 

@@ -113,7 +113,7 @@ def _check_attributes(module: nn.Module, path: str) -> None:
     """Nothing an instance holds is called by torch.nn in place of the class's own code."""
     where = f"{type(module).__name__}{f' at {path}' if path else ''}"
     for name, value in vars(module).items():
-        if name in _METHODS:
+        if name in _METHODS and callable(value):
             raise LoadError(f"the file replaces the method {name} of the {where}", _TRUST)
         if name in _HOOKS:
             for hook in value.values() if isinstance(value, dict) else [value]:
