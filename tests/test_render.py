@@ -51,7 +51,7 @@ BRANCHES = SiteReport(
     weights_before=2_656,
     weights_after=2_320,
     evidence="observed",
-    tree=("sum", "  conv 3×3, batch_norm", "  conv 1×1, batch_norm", "  batch_norm"),
+    tree=("sum of 3 branches", "  conv 3×3, batch_norm", "  conv 1×1, batch_norm", "  batch_norm"),
 )
 KEPT = SiteReport(
     place="features.3.2 … features.4.0",

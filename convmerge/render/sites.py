@@ -37,6 +37,12 @@ class Group:
         return f"{self.first.place} (and {more} more)" if more else self.first.place
 
     @property
+    def operators(self) -> str:
+        """The operators in a row; of sums only their number of branches, as the tree below has the rest."""
+        outermost = [line for line in self.first.tree if not line.startswith(" ")]
+        return ", ".join(outermost or self.first.operators)
+
+    @property
     def geometry(self) -> str:
         """The geometry they share, or those of the first and the last."""
         return _span([site.geometry for site in self.sites])
@@ -91,7 +97,7 @@ def _site_table(groups: Sequence[Group], view: View) -> Table:
         cells = [
             view.text(site.action, STYLES[site.action]),
             view.text(group.place),
-            view.text(", ".join(site.operators)),
+            view.text(group.operators),
             view.text(group.geometry),
             view.text(_macs(group)),
             view.text(_weights(group)),
@@ -105,7 +111,7 @@ def _site_table(groups: Sequence[Group], view: View) -> Table:
 def _paragraph(group: Group, view: View) -> list[RenderableType]:
     site = group.first
     title = view.text(site.action, STYLES[site.action]) + Text(" ") + view.text(group.place)
-    facts = [", ".join(site.operators), group.geometry, f"MACs {_macs(group)}", f"weights {_weights(group)}"]
+    facts = [group.operators, group.geometry, f"MACs {_macs(group)}", f"weights {_weights(group)}"]
     lines = ["; ".join(fact for fact in facts if fact), _reason(group)]
     return [title, *(inset(line, view) for line in lines if line)]
 
