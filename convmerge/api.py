@@ -67,8 +67,8 @@ class _Run:
             self.warnings.append("the model is in train mode; it was treated, and is written, in eval mode")
         with self.stage("capture"):
             evidence = capture(self.model, self.inputs)
-        if evidence.traced:
-            self.warnings.append("torch.export cannot follow this model; a torch.fx trace was used instead")
+        if evidence.eager:
+            self.warnings.append("torch.export cannot follow this model; the calls of one real run were used instead")
         with self.stage("plan"):
             scratch = copy_model(self.model).eval()
             decider = Decider(

@@ -1,8 +1,8 @@
 """The evidence: what a model really computes on example inputs, as one graph of ATen calls.
 
 ``torch.export`` gives true data flow in one operator vocabulary, in-place writes included, and for every
-call the modules it ran in. Where it fails, ``torch.fx`` traces first and the trace is exported, which
-gives the same kind of graph.
+call the modules it ran in. Where it fails (forwards that rewrite ``.data``, sizes that depend on data), the
+model is run for real under the tracer that torch.export itself uses, which gives the same kind of graph.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node, map_arg
 from torch.utils import _pytree as pytree
 
@@ -89,11 +90,11 @@ class Evidence:
     Attributes:
         graph: the exported graph; owned by this object.
         calls: node → call, in execution order (``getitem`` on a tuple result counts as a call of its own).
-        tensors: placeholder of a parameter, buffer or constant → (name, tensor of the captured model).
-        inputs: placeholders of the model's inputs.
+        tensors: node of a parameter, buffer or constant → (name, tensor of the captured model).
+        inputs: the other nodes that are no calls: the model's inputs.
         outputs: nodes that the model returns.
         signatures: canonical module path → how it was called.
-        traced: whether the model had to be traced by torch.fx before it could be exported.
+        eager: whether the graph was recorded from a run on real tensors, since torch.export failed.
     """
 
     graph: fx.Graph
@@ -102,7 +103,7 @@ class Evidence:
     inputs: list[Node]
     outputs: set[Node]
     signatures: dict[str, Signature]
-    traced: bool = False
+    eager: bool = False
 
     def size(self, node: Node) -> tuple[int, ...]:
         """Shape of a tensor value on the example inputs."""
@@ -148,25 +149,16 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
 
     Raises ConvmergeError where neither torch.export nor torch.fx can follow the model.
     """
-    work = copy_model(model).eval()
     try:
-        return _capture(work, inputs.clone())
-    except Exception as export_error:
+        return _export(copy_model(model).eval(), inputs.clone())
+    except Exception as error:  # torch.export raises many types on code it cannot follow
         try:
-            traced = _trace_root(copy_model(model).eval())
-            evidence = _capture(traced, inputs.clone())
+            return _run(copy_model(model).eval(), inputs.clone())
         except Exception:
             raise ConvmergeError(
-                f"{type(model).__name__} cannot be captured by torch.export: {_first_line(export_error)}",
+                f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}",
                 hint="does the model run on these inputs? run with -v for the whole error",
-            ) from export_error
-        evidence.traced = True
-        return evidence
-
-
-def _trace_root(model: nn.Module) -> fx.GraphModule:
-    graph = fx.Tracer().trace(model, concrete_args=plain_defaults(model))
-    return fx.GraphModule(model, graph)
+            ) from error
 
 
 def plain_defaults(model: nn.Module) -> dict[str, Any]:
@@ -179,37 +171,63 @@ def plain_defaults(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _capture(model: nn.Module, inputs: Inputs) -> Evidence:
+def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     canonical = canonical_paths(model)
     with quiet(), _record_calls(model) as recorded, torch.no_grad():
         program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
-    signatures = {canonical[path]: _signature(calls) for path, calls in recorded.items() if path in canonical}
-    return evidence_of(program, canonical, signatures)
-
-
-def evidence_of(
-    program: torch.export.ExportedProgram, canonical: dict[str, str], signatures: dict[str, Signature]
-) -> Evidence:
-    """Normalise an exported program, whose graph the result owns from then on."""
-    graph = program.graph
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     tensors: dict[Node, tuple[str, Tensor]] = {}
-    inputs: list[Node] = []
-    calls: dict[Node, Call] = {}
-    outputs: set[Node] = set()
-    for index, node in enumerate(graph.nodes):
-        if node.op == "placeholder":
-            target = kinds[node.name].target if node.name in kinds else None
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in kinds:
+            target = kinds[node.name].target
             store = program.state_dict if target in program.state_dict else program.constants
             value = store.get(target) if target is not None else None
             if isinstance(value, Tensor):
                 tensors[node] = (str(target), value.detach())
-            else:
-                inputs.append(node)
+    return _evidence(program.graph, tensors, canonical, _signatures(recorded, canonical))
+
+
+def _run(model: nn.Module, inputs: Inputs) -> Evidence:
+    """Record the calls of one real run. Weights that the forward computes past the tracer are constants of it."""
+    canonical = canonical_paths(model)
+    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+    def forward(*args: Any) -> Any:
+        return model(*args[: len(inputs.args)], **dict(zip(inputs.kwargs, args[len(inputs.args) :], strict=True)))
+
+    forward._orig_mod = model  # type: ignore[attr-defined]  # says whose modules the calls belong to
+    with quiet(), _record_calls(model) as recorded, torch.no_grad():
+        traced = make_fx(forward, pre_dispatch=True, record_module_stack=True)(*inputs.args, *inputs.kwargs.values())
+    tensors: dict[Node, tuple[str, Tensor]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := getattr(traced, node.target), Tensor):
+            tensors[node] = (names.get(id(value), node.target), value.detach())
+    evidence = _evidence(traced.graph, tensors, canonical, _signatures(recorded, canonical))
+    evidence.eager = True
+    return evidence
+
+
+def _signatures(recorded: dict[str, list[Any]], canonical: dict[str, str]) -> dict[str, Signature]:
+    return {canonical[path]: _signature(calls) for path, calls in recorded.items() if path in canonical}
+
+
+def _evidence(
+    graph: fx.Graph,
+    tensors: dict[Node, tuple[str, Tensor]],
+    canonical: dict[str, str],
+    signatures: dict[str, Signature],
+) -> Evidence:
+    """Normalise a traced graph, which the result owns from then on."""
+    calls: dict[Node, Call] = {}
+    inputs: list[Node] = []
+    outputs: set[Node] = set()
+    for index, node in enumerate(graph.nodes):
+        if node.op == "call_function":
+            calls[node] = _call(node, index, canonical)
         elif node.op == "output":
             outputs.update(node.all_input_nodes)
-        elif node.op == "call_function":
-            calls[node] = _call(node, index, canonical)
+        elif node not in tensors:
+            inputs.append(node)
     return Evidence(graph, calls, tensors, inputs, outputs, signatures)
 
 

@@ -26,7 +26,6 @@ class Constants:
         self._evidence = evidence
         self._known: dict[Node, Any] = {}
         data = set(evidence.inputs)
-        data.update(node for node in evidence.graph.nodes if node.op == "get_attr")
         changed = True
         while changed:  # a second round only where a constant's memory is written with data
             changed = False
@@ -91,7 +90,7 @@ class Constants:
             self._known[node] = self._evaluate(node)
 
     def _evaluate(self, node: Node) -> Any:
-        if node.op == "placeholder":
+        if node in self._evidence.tensors:
             tensor = self._evidence.tensors[node][1].detach().cpu()
             wide = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
             return wide.clone() if wide is tensor and self._mutable else wide

@@ -64,7 +64,7 @@ class Decider:
         self.constants = constants
         self.frames = Frames(self.evidence, constants)
         regions = find_regions(Context(self.evidence, constants))
-        self.planner = planner = Planner(self.evidence, self.objective, self._forbidden, self._allowed)
+        self.planner = planner = Planner(self.frames, self.objective, self._forbidden, self._allowed)
         plans: dict[int, ChainPlan] = {}
         edits: dict[Site, Edit] = {}
         dirty = set(range(len(regions.chains)))

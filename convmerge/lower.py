@@ -91,6 +91,16 @@ class Frames:
         """The call of a node."""
         return self.evidence.calls[node]
 
+    def unit_of(self, node: Node) -> Frame:
+        """The module call whose code made a call; a wider one if all it adds is the computation of weights."""
+        *outer, unit = self.call(node).stack
+        for frame in reversed(outer):
+            if self.data[frame] != self.data[unit]:
+                break
+            if len(self.calls[frame]) > len(self.calls[unit]):
+                unit = frame
+        return unit
+
 
 def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -> Edit:
     """How a site is written back. Raises Refusal where no way is known to be exact."""
@@ -141,7 +151,7 @@ def _units(frames: Frames, run: Run) -> list[Frame]:
     skipped = {leaf.node for leaf in leaves(run.elements) if isinstance(leaf.step, Same)}
     units: dict[Frame, None] = {}
     for node in sorted(calls, key=lambda n: frames.call(n).index):
-        frame = frames.call(node).stack[-1]
+        frame = frames.unit_of(node)
         if frames.data[frame] <= calls and not frames.data[frame] <= skipped:
             units[frame] = None
         elif node not in skipped:
@@ -245,5 +255,8 @@ def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run]) -
             inner = frame.path != owner.path and frame in frames.data and frame.path.startswith(owner.path)
             if inner and not frames.data[frame] <= calls:
                 opened.add(frame.path)
-    where = lambda run: tuple(sorted(position[n] for n in calls_of(run.elements)))  # noqa: E731
+
+    def where(run: Run) -> tuple[int, ...]:
+        return tuple(sorted(position[n] for n in calls_of(run.elements)))
+
     return GraphEdit(owner.path, where(home), tuple(where(run) for run in emptied), frozenset(opened))

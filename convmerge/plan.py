@@ -13,14 +13,14 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
 from convmerge.borders import join, join_geometry
-from convmerge.capture import Evidence
+from convmerge.capture import Evidence, is_tensor
 from convmerge.cost import ZERO, Cost, Objective, cheapest, operator_cost
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
 from convmerge.algebra import lift, lift_geometry
 from convmerge.fold import Place, fold_geometry, fold_numbers, place_of
-from convmerge.lower import Run
-from convmerge.recognise import Passage, Same, Scalar
+from convmerge.lower import Frames, Run
+from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.regions import Block, Chain, Element, Leaf
 
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
@@ -91,16 +91,21 @@ class Planner:
     """Plans chains for one model.
 
     Attributes:
-        evidence: where sizes come from.
+        frames: which calls ran in which module.
         objective: ``latency``, ``macs`` or ``params``; ties go to latency.
         forbidden: (source, target) of merges that may not be made → why.
         allowed: whether the user wants this merge (--only, --skip).
     """
 
-    evidence: Evidence
+    frames: Frames
     objective: Objective = "latency"
     forbidden: Forbidden = field(default_factory=dict)
     allowed: Callable[[Sequence[Element]], bool] = lambda elements: True
+
+    @property
+    def evidence(self) -> Evidence:
+        """Where sizes come from."""
+        return self.frames.evidence
 
     def plan(self, chain: Chain) -> ChainPlan:
         """The cheapest exact segmentation of a chain, blocks inside included."""
@@ -142,7 +147,7 @@ class Planner:
             if _is_filler(chain[last]):
                 continue
             solid += 1
-            if solid == 1 and isinstance(chain[last], Leaf):
+            if solid == 1 and isinstance(chain[last], Leaf) and not self._computed(chain[last]):
                 continue
             # Identities behind belong to the site: a module that ends in one can then be replaced whole.
             end = last
@@ -202,16 +207,29 @@ class Planner:
             total = total + operator_cost("add", _volume(shape))
         return total
 
+    def _computed(self, element: Element) -> list[Node]:
+        """Calls that compute an operator's weights anew in every forward pass."""
+        if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
+            return []
+        unit = self.frames.unit_of(element.node)
+        return [n for n in self.frames.calls[unit] if n not in self.frames.data[unit]]
+
     def _leaf_cost(self, leaf: Leaf) -> Cost:
         if isinstance(leaf.step, Same | Passage):
             return ZERO
+        weights = ZERO
+        for node in self._computed(leaf):
+            volume = _volume(self.evidence.size(node)) if is_tensor(node) else 0
+            weights = weights + operator_cost("mul", volume)
+        return weights + self._operator_cost(leaf, leaf.step)
+
+    def _operator_cost(self, leaf: Leaf, step: Filter | Scalar) -> Cost:
         shape = self.evidence.size(leaf.source)
-        if isinstance(leaf.step, Scalar):
+        if isinstance(step, Scalar):
             return operator_cost("mul", _volume(shape))
-        place = Place(leaf.step.axis, shape)
-        return operator_cost(
-            leaf.step.kind.split()[0], _volume(shape), geometry=leaf.step.geometry, size=place.size, batch=place.batch,
-        )
+        place = Place(step.axis, shape)
+        name = step.kind.split()[0]
+        return operator_cost(name, _volume(shape), geometry=step.geometry, size=place.size, batch=place.batch)
 
     def _sites_of(self, chain: Chain, part: _Part) -> list[Site]:
         """The sites in a part: itself, or those inside the branches of a block that stays."""

@@ -29,8 +29,8 @@ class Replay:
         self._site = site
         self._evidence = evidence
         self._constants = constants
-        order = {node: call.index for node, call in evidence.calls.items()}
-        self._calls = sorted(calls_of(site.elements), key=order.__getitem__)
+        self._calls = sorted(calls_of(site.elements), key=lambda node: evidence.calls[node].index)
+        self._absolute: dict[int, tuple[Affine, int]] = {}  # by leaf: its form on absolute values, its axis
 
     def original(self, x: Tensor) -> Tensor:
         """The calls as they were captured."""
@@ -70,16 +70,17 @@ class Replay:
         return total
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Small canvases around the kernel's reach, odd and even, then the example's shape."""
+        """Two small canvases around the kernel's reach, odd and even; the example's shape where sizes are fixed."""
         g, place = self._site.geometry, self._site.place
         example = place.shape
         if len(self._site.elements) > len(self._site.home.elements) + sum(len(r.elements) for r in self._site.emptied):
             return [example]  # passages: their sizes are often written into the call
-        lead = tuple(min(n, 2) for n in example[: place.axis])
+        lead = tuple(min(n, 1 if place.size else 2) for n in example[: place.axis])
+        if not place.size:
+            return [(*lead, place.channels)]
         reach = [max(1, -(-d * (k - 1) // u)) + 1 for d, k, u in zip(g.dilation, g.kernel, g.up, strict=True)]
         small = [tuple(r + i % 2 for i, r in enumerate(reach)), tuple(2 * r + 1 - i % 2 for i, r in enumerate(reach))]
-        canvases = [(*lead, place.channels, *(max(n, 2) for n in size)) for size in small]
-        return [*dict.fromkeys(canvases), (*lead, *example[place.axis :])]
+        return [(*lead, place.channels, *(max(n, 2) for n in size)) for size in small]
 
     def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
         def look_up(node: Node) -> object:
@@ -102,10 +103,11 @@ class Replay:
             return x
         if isinstance(element.step, Passage):
             return self._run([element.node], {element.source: x})[element.node].abs()
-        place = place_of(self._evidence, [element])
-        if place is None:
-            place = Place(self._site.place.axis, tuple(x.shape))
-        return apply_at(absolute(numbers_of(element, place)), x, place.axis)
+        if id(element) not in self._absolute:
+            place = place_of(self._evidence, [element]) or Place(self._site.place.axis, tuple(x.shape))
+            self._absolute[id(element)] = absolute(numbers_of(element, place)), place.axis
+        form, axis = self._absolute[id(element)]
+        return apply_at(form, x, axis)
 
 
 def absolute(form: Affine) -> Affine:

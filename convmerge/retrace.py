@@ -28,12 +28,13 @@ class Trace:
 
     Attributes:
         graph: its torch.fx graph, whose calls refer to the module's own submodules by path.
-        made_by: for the module's evidence calls, by position, the trace node that made each.
+        made_by: position among the module's evidence calls → the trace node that made the call; those that
+            nobody reads the result of are left out.
         constant: positions of the calls that do not depend on the model's inputs.
     """
 
     graph: fx.Graph
-    made_by: tuple[Node, ...]
+    made_by: dict[int, Node]
     constant: frozenset[int]
 
 
@@ -59,9 +60,24 @@ def retrace(
         exported, made_by = _export_stepwise(module, graph, signature)
     except Exception as error:
         raise Refusal(f"the trace of {name} cannot be run by itself: {_first_line(error)}") from error
-    if not same_calls(calls, exported):
+    by_step = dict(zip(exported, made_by, strict=True))
+    live, live_exported = _live(calls), _live(exported)
+    if not same_calls(live, live_exported):
         raise Refusal(f"a trace of {name} alone does not make the calls that the whole model makes in it")
-    return Trace(graph, made_by, frozenset(i for i, node in enumerate(calls) if node in constants))
+    made = {call: by_step[other] for call, other in zip(live, live_exported, strict=True)}
+    position = {call: p for p, call in enumerate(calls)}
+    constant = frozenset(position[call] for call in live if call in constants)
+    return Trace(graph, {position[call]: node for call, node in made.items()}, constant)
+
+
+def _live(calls: Sequence[Node]) -> list[Node]:
+    """The calls without those that only compute something that nobody reads."""
+    dead: set[Node] = set()
+    for node in reversed(calls):
+        schema = getattr(node.target, "_schema", None)
+        if (schema is None or not schema.is_mutable) and all(user in dead for user in node.users):
+            dead.add(node)
+    return [node for node in calls if node not in dead]
 
 
 class _Tracer(fx.Tracer):
@@ -129,7 +145,7 @@ class _Stepwise(nn.Module):
 
 def _export_stepwise(
     module: nn.Module, graph: fx.Graph, signature: Signature
-) -> tuple[list[Node], tuple[Node, ...]]:
+) -> tuple[list[Node], list[Node]]:
     bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
     bound.apply_defaults()
     inputs: list[Any] = []
@@ -150,7 +166,7 @@ def _export_stepwise(
             raise ValueError(f"{node.name} was made by no step")
         exported.append(node)
         made_by.append(nodes[step])
-    return exported, tuple(made_by)
+    return exported, made_by
 
 
 def _step_of(node: Node) -> int | None:
@@ -226,7 +242,7 @@ def cut(trace: Trace, positions: Sequence[int]) -> Cut:
     """
     inside = {trace.made_by[p] for p in positions}
     covered = set(positions)
-    for position, node in enumerate(trace.made_by):
+    for position, node in trace.made_by.items():
         if node in inside and position not in covered and position not in trace.constant:
             raise Refusal("one expression of the code computes part of it and something else")
     _include_silent(trace, inside)
@@ -240,7 +256,7 @@ def cut(trace: Trace, positions: Sequence[int]) -> Cut:
 
 def _include_silent(trace: Trace, inside: set[Node]) -> None:
     """Add the nodes in between that make no call at all, such as an ``nn.Identity``."""
-    loud = set(trace.made_by)
+    loud = set(trace.made_by.values())
     for node in reversed(trace.graph.nodes):
         silent = node not in loud and node.op in ("call_module", "call_function", "call_method")
         if silent and any(u in inside for u in node.users) and any(_descends(s, inside, loud) for s in node.all_input_nodes):
