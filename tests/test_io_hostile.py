@@ -111,6 +111,12 @@ def test_hint_never_offers_to_allow_what_runs_code(marker: Path) -> None:
         torch.save(with_attribute(CALLS[evil]), path)
         error = refuse(path, "with which any code can be run")
         assert error.hint == "pass --trust if you made this file"
+    for evil in ("torch.load", "torch.save", "jit"):
+        torch.save(with_attribute(CALLS[evil]), path)
+        error = refuse(path, "could use to run code")
+        assert error.hint == "pass --trust if you made this file"
+    torch.save(with_attribute(CALLS["partial"]), path)
+    refuse(path, "asks for .*os|asks for posix", allow=["functools.partial"])
 
 
 HOSTILE = {
@@ -126,13 +132,15 @@ HOSTILE = {
         call(name("torch._tensor", "_rebuild_from_type_v2"), CONV, CONV, pack(ONE, ONE, ONE), b"}"),
         "rebuilds a tensor by calling torch.nn.modules.conv.Conv2d",
     ),
+    "bytes are instantiated": (b"\x96" + bytes([1] + [0] * 7) + b"x)\x81", ""),
+    "bytes are called": (b"\x96" + bytes([1] + [0] * 7) + b"x)R" + module(name("a", "B")) + b"\x86", ""),
     "an instance is called": (
         call(module(RELU), ONE),
         "calls a value that is neither a class nor a function",
     ),
     "a method through a dotted name": (
         call(name("torchvision.models.resnet", "torch.load"), text("marker")),
-        "needs the class torchvision.models.resnet.torch.load",
+        "the function torchvision.models.resnet.torch.load",
     ),
     "a name that is imported, not defined, there": (
         module(name("torchvision.models.resnet", "nn")),
@@ -140,7 +148,7 @@ HOSTILE = {
     ),
     "a function of an allowed module": (
         call(name("torchvision.models.resnet", "resnet18")),
-        "needs the class torchvision.models.resnet.resnet18",
+        "the function torchvision.models.resnet.resnet18",
     ),
     "a special method": (
         module(RELU, __reduce_ex__=module(RELU)),
@@ -297,6 +305,7 @@ def test_mutated_pickles_end_in_load_errors(marker: Path) -> None:
                 pickle[at:at] = pickle[rng.randrange(len(pickle)) :][: rng.randint(1, 30)]
         path = archive(marker.with_name("m.pt"), bytes(pickle), storages)
         try:
+            peek(path)
             check_module(load(path, allow=[__name__]))
             outcomes[0] += 1
         except LoadError:

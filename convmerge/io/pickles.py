@@ -117,9 +117,7 @@ def read_pickle(stream: IO[bytes]) -> Pickle:
     machine = _Machine()
     try:
         return machine.run(stream)
-    except (
-        Exception
-    ) as error:  # malformed pickles surface as ValueError, IndexError, KeyError, TypeError, ...
+    except Exception as error:  # ValueError, IndexError, KeyError, TypeError, ... where malformed
         reason = printable(str(error) or type(error).__name__)
         raise LoadError(f"the pickle in the file is damaged: {reason}", "download or save it again") from None
 
@@ -135,8 +133,8 @@ class _Machine:
 
     def run(self, stream: IO[bytes]) -> Pickle:
         start = stream.tell()
-        for step, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
-            if step > MAX_STEPS or stream.tell() - start > MAX_BYTES:
+        for step, (opcode, arg, position) in enumerate(pickletools.genops(stream)):
+            if step > MAX_STEPS or (position or 0) - start > MAX_BYTES:
                 raise ValueError("it is larger than any model needs")
             if opcode.name == "STOP":
                 self.found.root = self.stack.pop()

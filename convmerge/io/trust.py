@@ -13,6 +13,7 @@ module classes are only instantiated and given a state, as torch.save writes the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ _CALLED = frozenset(
     )
 )
 _TYPED_REBUILD = "torch._tensor._rebuild_from_type_v2"
+
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
 
 # (prefix of a name that is not allowed, what the file is, the way out), the most telling first.
 _TELLING = (
@@ -153,6 +156,15 @@ def _name(value: Value) -> str:
     return str(value) if isinstance(value, Global) else getattr(value, "kind", type(value).__name__)
 
 
+def _could_do_anything(name: Global, called: set[Global]) -> bool:
+    """Whether to name it in a hint would be bad advice: a function that is called, or one of a large library.
+
+    Judged by the spelling, since nothing is imported to find out. ``functools.partial`` is data to models.
+    """
+    is_function = name.name.lstrip("_")[:1].islower() and name.path != "functools.partial"
+    return is_function and (name in called or name.module.partition(".")[0] in _LIBRARIES)
+
+
 def _missing(pickle: Pickle, missing: list[Global]) -> LoadError:
     """The error that names the classes and the flags that allow them."""
     for name in missing:
@@ -164,7 +176,11 @@ def _missing(pickle: Pickle, missing: list[Global]) -> LoadError:
         for name in missing:
             if name.path.startswith(prefix):
                 return LoadError(f"the file holds {what} ({name})", hint)
-    modules = {node.maker for node in pickle.objects if is_module(node)}
+    called = {call.maker for call in pickle.calls if isinstance(call.maker, Global)}
+    for name in missing:
+        if _could_do_anything(name, called):
+            return LoadError(f"the file asks for the function {name}, which it could use to run code", _TRUST)
+    modules = {node.maker for node in pickle.objects if isinstance(node.maker, Global) and is_module(node)}
     flags = dict.fromkeys(f"--allow {name.module if name in modules else name}" for name in missing)
     shown = ", ".join(str(name) for name in missing[:3])
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
