@@ -26,7 +26,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +101,19 @@ def _divide(x: float, y: float) -> float:
     return 0.0 if x == 0 else x / y if y > 0 else math.inf
 
 
-def private(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode: the caller's model keeps its mode, its buffers and whatever it caches."""
-    model = copy.deepcopy(model)
+def private(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy in eval mode: the caller's model keeps its mode, its buffers and whatever it caches.
+
+    With ``dtype``, the floating-point tensors among parameters, buffers and plain attributes are converted on
+    the way. Tensors with a gradient history, which old-style weight_norm and pruning leave, are detached.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for x in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(x, Tensor) and (not x.is_leaf or (dtype and x.is_floating_point())):
+                y = x.detach().to(dtype if x.is_floating_point() else None, copy=True)
+                memo[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
+    model = copy.deepcopy(model, memo)
     with contextlib.suppress(NotImplementedError):  # modules from torch.export are in eval already
         model.eval()
     return model
@@ -130,7 +140,7 @@ class Float64:
     note = ""
 
     def __init__(self, a: nn.Module, b: nn.Module) -> None:
-        self.a, self.b = private(a).double(), private(b).double()
+        self.a, self.b = private(a, torch.float64), private(b, torch.float64)
 
     def __call__(self, run: Run) -> Reading:
         inputs = run.inputs.to(torch.float64)

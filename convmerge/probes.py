@@ -154,14 +154,20 @@ def _check_rounding(name: str, value: Tensor, exact: Tensor) -> None:
         raise Refusal(
             f"the merged {name} reaches {exact.abs().max():.3g}, more than {dtype} can hold ({info.max:.3g})"
         )
-    error = (value.to(exact.dtype) - exact).abs()
-    exponent = torch.frexp(exact).exponent  # |exact| < 2**exponent, at least half of it
-    ulp = torch.ldexp(torch.full_like(exact, info.eps / 2), exponent) * (exact != 0)
-    ulp = ulp.clamp_min(info.smallest_normal * info.eps)
-    if bool((error > ulp / 2 * (1 + DOUBLE_ROUNDING)).any()):
+    if not torch.equal(value, exact.to(value.dtype)) and not _within_half_an_ulp(value, exact):
         raise Refusal(f"the merged {name} is not its float64 value rounded once to {dtype}")
-    if float(error.norm()) > info.eps / 2 * (1 + DOUBLE_ROUNDING) * float(exact.norm()):
-        raise Refusal(f"the merged {name} is too small for {dtype} to keep its digits")
+    if bool((value.abs() < info.smallest_normal).any()):
+        lost = float((value.to(exact.dtype) - exact).norm())
+        if lost > info.eps / 2 * (1 + DOUBLE_ROUNDING) * float(exact.norm()):
+            raise Refusal(f"the merged {name} is too small for {dtype} to keep its digits")
+
+
+def _within_half_an_ulp(value: Tensor, exact: Tensor) -> bool:
+    info = torch.finfo(value.dtype)
+    exponent = torch.frexp(exact).exponent  # |exact| < 2**exponent, and at least half of it
+    ulp = torch.ldexp(torch.full_like(exact, info.eps / 2), exponent) * (exact != 0)
+    error = (value.to(exact.dtype) - exact).abs()
+    return bool((error <= ulp.clamp_min(info.smallest_normal * info.eps) / 2 * (1 + DOUBLE_ROUNDING)).all())
 
 
 def bisect(candidates: Sequence[T], ok: Callable[[Sequence[T]], bool]) -> list[T]:

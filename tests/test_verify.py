@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -414,6 +415,24 @@ def test_models_and_inputs_are_left_alone() -> None:
     assert torch.equal(x, kept)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_that_are_computed_or_plain_attributes_are_run_in_float64_too() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.kernel)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        computed = nn.utils.weight_norm(nn.Conv2d(3, 5, 3))
+    for model in (Plain(), computed):
+        verdict = compare(model, model, inputs(torch.randn(1, 3, 8, 9)))
+        assert verdict.equal
+        assert verdict.comparisons[0].relative64 == 0
 
 
 def test_integer_inputs_keep_their_range() -> None:
