@@ -66,7 +66,7 @@ def join_geometry(outer: Geometry, inner: Geometry) -> Geometry:
     if not any(found.bias) and not outer.ones:
         return both
     if any(inside_taps(axis) is None for axis in axes(inner)):
-        raise Refusal(_no_inside_tap(outer, inner))
+        raise Refusal(_no_inside_tap(inner))
     return replace(both, bias=outer.bias or (inner.bias and not any(found.bias)), ones=True)
 
 
@@ -88,7 +88,7 @@ def join(outer: Affine, inner: Affine, *, bias_magnitude: Tensor | None = None) 
         inner, found = inner.with_bias(None), replace(found, bias=(False,) * len(found.bias))
     geometry = join_geometry(outer.geometry, inner.geometry)
     if any(found.bias):
-        inner = _fade_bias(inner)
+        inner = fade_bias(inner)
     if outer.ones is None:
         return compose(outer, inner)
     plain = Affine(replace(outer.geometry, ones=False), outer.weight, outer.bias)
@@ -99,10 +99,13 @@ def join(outer: Affine, inner: Affine, *, bias_magnitude: Tensor | None = None) 
     return Affine(replace(both.geometry, ones=True), both.weight, both.bias, ones)
 
 
-def _fade_bias(form: Affine) -> Affine:
+def fade_bias(form: Affine) -> Affine:
     """The same form with its bias on the kernel over ones.
 
     Equal at all of its output positions, and zero instead of the bias beyond them where no tap touches input.
+
+    Raises:
+        Refusal: no tap is inside the input at every output position; or the bias has an unusual period.
     """
     assert form.bias is not None
     taps = [inside_taps(axis) for axis in axes(form.geometry)]
@@ -129,7 +132,7 @@ def _mesh(g: Geometry) -> tuple[slice | Tensor, ...]:
     for dim, axis in enumerate(axes(g)):
         taps = inside_taps(axis)
         if taps is None:
-            raise Refusal(_no_inside_tap(None, g))
+            raise Refusal(_no_inside_tap(g))
         index.append(torch.tensor(taps).reshape([-1 if d == dim else 1 for d in range(g.spatial)]))
     return tuple(index)
 
@@ -160,9 +163,8 @@ def _tap_leak(outer: Geometry, inner: Geometry, where: Sequence[bool]) -> str:
     )
 
 
-def _no_inside_tap(outer: Geometry | None, inner: Geometry) -> str:
-    after = "a padded conv" if outer is None else f"the padded {_noun(outer)}"
-    return f"the bias of the {_noun(inner)} ends at the padding of {after}, and no tap marks where"
+def _no_inside_tap(g: Geometry) -> str:
+    return f"the bias of the {_noun(g)} ends at the padding after it, and no tap marks where"
 
 
 def _noun(g: Geometry) -> str:

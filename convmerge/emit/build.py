@@ -14,6 +14,7 @@ from convmerge.algebra.axis import Placement, axes
 from convmerge.algebra.branches import place
 from convmerge.algebra.compose import expand_groups
 from convmerge.algebra.polyphase import polyphase
+from convmerge.borders import fade_bias
 from convmerge.emit.layer import Emission, Layer, transposed_padding
 from convmerge.emit.ways import emissions
 from convmerge.errors import Refusal
@@ -33,16 +34,13 @@ def build(
 ) -> nn.Module:
     """Fresh layers that compute ``form``, every weight rounded once from float64; one layer, or a Sequential.
 
-    Nothing is initialised at random, so the global random state stays as it is. A transposed convolution
-    has no bias that depends on the position: where the form has one, another emission of the same geometry
-    is built.
+    Nothing is initialised at random, so the global random state stays as it is.
 
     Raises:
-        Refusal: a weight is too large for ``dtype``; or no layer has a bias of that period.
+        Refusal: a weight is too large for ``dtype``; or the bias depends on the position in a way that no
+            layer has.
     """
-    if emission.layers[-1].kind == "conv_transpose" and form.bias is not None and form.bias.dim() > 1:
-        others = (e for e in emissions(form.geometry) if e.shift is not None)
-        emission = next(others, emission)
+    form, emission = _carrying_the_bias(form, emission)
     weight, bias = _numbers(form, emission)
     modules: list[nn.Module] = []
     for layer in emission.layers:
@@ -59,12 +57,23 @@ def build(
     return nn.Sequential(*(part for module in modules for part in _flat(module)))
 
 
+def _carrying_the_bias(form: Affine, emission: Emission) -> tuple[Affine, Emission]:
+    """Another way to build the form where its bias depends on the position and the given way has no such
+    bias: with a channel per phase, or with the bias on a channel of ones.
+    """
+    if emission.shift is not None or form.bias is None or form.bias.dim() == 1:
+        return form, emission
+    for other in emissions(form.geometry):
+        if other.shift is not None:
+            return form, other
+    faded = fade_bias(form)
+    return faded, emissions(faded.geometry)[0]
+
+
 def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the emission's layer, as torch lays them out, in float64."""
     if emission.shift is not None:
         form = polyphase(form, emission.shift)
-    if form.bias is not None and form.bias.dim() > 1:
-        raise Refusal("no layer of torch.nn has a bias that depends on the position")
     layer = next(x for x in emission.layers if x.kind in ("linear", "conv", "conv_transpose"))
     weight, groups = form.weight, form.geometry.groups
     if layer.kind == "linear":
