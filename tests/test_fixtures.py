@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from convmerge.cli import main
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.name for path in (ROOT / "fixtures").glob("*.pt"))
@@ -61,3 +65,70 @@ def test_the_file_is_what_the_script_makes(name: str, made: Path, monkeypatch: p
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_small(name: str) -> None:
     assert (ROOT / "fixtures" / name).stat().st_size < 1_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a fixture is given to convmerge, and the operators that are left of it.
+
+    ``traced``: the fused file holds a GraphModule, which loads by running code from the file.
+    """
+
+    left: dict[str, int]
+    options: tuple[str, ...] = ()
+    traced: bool = False
+
+
+ALLOW = ("--allow", "fixtures.blocks")
+CASES = {
+    "block_diagonal_grouped": Case({"conv": 1}, ("--input", "1,28")),
+    "block_diagonal_loop": Case({"cat": 2, "linear": 6}, (*ALLOW, "--input", "1,23")),
+    "block_diagonal_mask": Case({"linear": 2}),
+    "block_diagonal_two_step": Case({"conv": 1}, ("--input", "1,6")),
+    "conv_chain": Case({"conv": 1}),
+    "do_conv": Case({"conv": 2}, ALLOW),
+    "edsr": Case({"conv": 4, "pad": 2, "pixel_shuffle": 2}),
+    "hypernetwork": Case({"conv": 2, "linear": 2}, (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")),
+    "linear_head": Case({"conv": 1, "linear": 1}),
+    "lora": Case({"linear": 2}, ALLOW),
+    "mobilenet": Case({"adaptive_avg_pool": 1, "conv": 5, "linear": 1}),
+    "repvgg": Case({"adaptive_avg_pool": 1, "conv": 4, "linear": 1}, ALLOW, traced=True),
+    "resnet": Case({"adaptive_avg_pool": 1, "add": 3, "conv": 9, "linear": 1}, ALLOW),
+    "sesr": Case({"conv": 4, "pixel_shuffle": 1}),
+    "span": Case({"conv": 2}),
+}
+
+
+def convmerge(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, Any]:
+    """Exit code and JSON document."""
+    capsys.readouterr()
+    code = main([*words, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_every_model_has_a_case() -> None:
+    assert sorted(CASES) == [name[:-3] for name in FILES if not name.endswith("_inputs.pt")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fusing_leaves_what_is_expected_and_nothing_to_merge(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    case, model, fused = CASES[name], f"fixtures/{name}.pt", str(tmp_path / "fused.pt")
+    code, report = convmerge(capsys, "fuse", model, "-o", fused, *case.options)
+    assert code == 0
+    assert report["after"]["operators"] == case.left
+    options = (*case.options, *["--trust"] * case.traced)
+    assert convmerge(capsys, "verify", model, fused, *options)[0] == 0
+    code, report = convmerge(capsys, "check", fused, *options)
+    assert code == 0, [site["reason"] for site in report["sites"] if site["action"] == "merge"]
+
+
+def test_the_generated_kernel_is_named_as_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = CASES["hypernetwork"].options
+    _, report = convmerge(capsys, "inspect", "fixtures/hypernetwork.pt", *options)
+    assert any("depends on an input" in site["reason"] for site in report["sites"])

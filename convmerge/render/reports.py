@@ -91,7 +91,7 @@ def contents_parts(contents: Contents, view: View) -> list[RenderableType]:
     if kinds:
         counts = ", ".join(f"{name} ×{count}" for name, count in by_count(kinds))
         parts.append(view.text(f"modules: {counts}"))
-    if contents.needs:
+    if contents.needs and view.verbose:
         parts.append(view.text(f"names: {', '.join(contents.needs)}"))
     table = new_table("tensor", "shape", "dtype")
     shown = contents.tensors if view.verbose else contents.tensors[:_TENSORS_SHOWN]
@@ -180,9 +180,12 @@ def _verdict(sites: Sequence[SiteReport]) -> str:
 def _inputs(report: Report, view: View) -> list[RenderableType]:
     if not report.inputs:
         return []
-    inputs = ", ".join(f"{name} {shape}" for name, shape in report.inputs.items())
     guessed = " (guessed; give --input for others)" if report.inputs_inferred else ""
-    return [view.text(f"input: {inputs}{guessed}")]
+    if len(report.inputs) == 1:
+        (shape,) = report.inputs.values()
+        return [view.text(f"input: {shape}{guessed}")]
+    inputs = ", ".join(f"{name} {shape}" for name, shape in report.inputs.items())
+    return [view.text(f"inputs: {inputs}{guessed}")]
 
 
 def _times(report: Report, view: View) -> list[RenderableType]:
