@@ -51,6 +51,7 @@ def assert_refused(path: Path, words: str, **options: Any) -> LoadError:
     error = caught.value
     assert "\n" not in error.message and len(error.message) < 400, error.message
     assert error.hint and "\n" not in error.hint, "every refusal names a way out"
+    assert str(path) in error.message or error.message.startswith("--"), error.message
     return error
 
 
@@ -85,6 +86,7 @@ KINDS = {
     "torch_package": zip_of(**{"m__.data__extern_modules": b"", "m__model__model.pkl": b""}),
     "zip": zip_of(**{"m__readme.txt": b"hello"}),
     "damaged_zip": zip_of(**{"m__data.pkl": b"0" * 99})[:80],
+    "text ": b'{"abc": {"looks": "like safetensors"}}',
     "other": b"\x89HDF\r\n\x1a\n\x00\x00",
 }
 
@@ -93,7 +95,7 @@ KINDS = {
 def test_kind_told_from_bytes_and_refused_with_a_way_out(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(KINDS[kind])
-    assert sniff(path).name == kind
+    assert sniff(path).name == kind.strip()
     assert_refused(path, "model.pt is ")
     assert_refused(path, "model.pt is ", trust=True)
 
@@ -261,6 +263,8 @@ def test_peek_at_other_contents(legacy: bool, tmp_path: Path) -> None:
     assert holds({"epoch": 3, "weights": [1, 2]}) == ("other", 0)
     assert holds(torch.fx.symbolic_trace(small()))[0] == "graph_module"
     assert holds(torch.ones(3)) == ("other", 0)
+    contents = peek(saved(tmp_path / "m.pt", nn.Parameter(torch.ones(3))))
+    assert contents is not None and contents.title == "a tensor and no model"
     if not legacy:
         assert holds({"epoch": 3, "model": small()}) == ("checkpoint", tensors)
 

@@ -49,7 +49,7 @@ def check_module(model: nn.Module, *, untrusted: bool = False) -> None:
 
 
 def _walk(
-    module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = (), seen: set[nn.Module] | None = None
+    module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = (), seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its path, shared ones once, each checked before what is below it."""
     seen = set() if seen is None else seen
@@ -57,9 +57,9 @@ def _walk(
         raise LoadError(f"module {path} contains itself", "a module must not be registered below itself")
     if len(above) > MAX_DEPTH:
         raise LoadError(f"modules nest more than {MAX_DEPTH} deep", "no model convmerge knows of does")
-    if module in seen:
+    if id(module) in seen:
         return
-    seen.add(module)
+    seen.add(id(module))
     _check_registries(module, path)
     yield path, module
     for name, child in module._modules.items():

@@ -18,6 +18,7 @@ MODEL_KEYS = ("ema", "model_ema", "model", "net", "network", "module", "state_di
 _MAX_TENSORS = 1_000_000
 _MAX_PATH = 10_000  # characters
 _WRAPPERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
+_TYPED = "torch._tensor._rebuild_from_type_v2"  # (function, class, its arguments, attributes)
 _REBUILD = {
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",
@@ -96,9 +97,7 @@ def _classify(root: Value, key: str, tensors: bool) -> tuple[Holds, str]:
     if tensors:
         where = f" under '{key}'" if key else ""
         return "state_dict", f"a state_dict{where} (tensors without the model's code)"
-    if isinstance(root, Node):
-        return "other", f"a {class_of(root)} and no model" if root.maker else f"a {root.kind} and no model"
-    return "other", f"a {type(root).__name__} and no model"
+    return "other", f"a {'tensor' if tensor_info('', root) else class_of(root)} and no model"
 
 
 def is_graph_module(node: Value) -> bool:
@@ -172,20 +171,16 @@ def _named_tensors(path: str, mapping: Value) -> Iterator[TensorInfo]:
 
 def tensor_info(name: str, node: Value) -> TensorInfo | None:
     """Shape and dtype of a pickled tensor or parameter, None if the value is something else."""
-    for _ in range(4):  # a parameter around a tensor
+    for _ in range(4):  # parameter around typed tensor around tensor
         if not isinstance(node, Node) or node.kind != "call" or not node.args:
             return None
         maker = node.maker.path if isinstance(node.maker, Global) else ""
         if maker in _REBUILD and len(node.args) >= 3:
             return TensorInfo(name, _ints(node.args[2]), _dtype(node.args[0]))
-        if (
-            maker == "torch._tensor._rebuild_from_type_v2"
-            and len(node.args) >= 3
-            and isinstance(node.args[2], Node)
-        ):
-            node = Node("call", maker=node.args[0], args=tuple(node.args[2].items))
-        elif maker in _WRAPPERS:
+        if maker in _WRAPPERS:
             node = node.args[0]
+        elif maker == _TYPED and len(node.args) >= 3 and isinstance(node.args[2], Node):
+            node = Node("call", maker=node.args[0], args=tuple(node.args[2].items))
         else:
             return None
     return None

@@ -12,10 +12,12 @@ from convmerge.errors import ConvmergeError, LoadError
 from convmerge.io.allowed import import_named
 from convmerge.io.pickles import printable
 
+Factory = Callable[[], nn.Module]
+
 _ARGS = """as in --model-args '{"num_classes": 10}'"""
 
 
-def make_factory(spec: str, arguments: dict[str, Any] | str | None) -> Callable[[], nn.Module]:
+def make_factory(spec: str, arguments: dict[str, Any] | str | None) -> Factory:
     """The callable ``pkg.mod:name`` with its keyword arguments (a dict or JSON) bound; imports the module.
 
     Raises:

@@ -37,6 +37,7 @@ Kind = Literal[
 # torch.save before 1.6 begins with this number, pickled; the byte after 0x80 is the pickle protocol.
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 _HEAD_BYTES = 4096
+_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
 
 _SAVE_WHOLE = 'save the whole module instead: torch.save(model, "model.pt")'
 
@@ -168,7 +169,8 @@ def _sniff_head(head: bytes) -> FileKind:
         return _KINDS["empty"]
     if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]:
         return _KINDS["torch_legacy"]
-    if head[8:9] == b"{":  # the length before it can begin like a pickle: safetensors is tried first
+    # The length of the header, then the header; it can begin like a pickle, so safetensors is tried first.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER_BYTES:
         return _KINDS["safetensors"]
     if head.startswith(b"\x93NUMPY"):
         return _KINDS["numpy"]

@@ -6,7 +6,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ from convmerge.io.allowed import importable
 from convmerge.io.archive import check_storages, read_archive
 from convmerge.io.check import check_module
 from convmerge.io.contents import Contents, summarise
-from convmerge.io.factory import make_factory
+from convmerge.io.factory import Factory, make_factory
 from convmerge.io.kinds import FileKind, sniff
 from convmerge.io.model_file import Container, ModelFile, find_module
 from convmerge.io.pickles import Pickle, printable, read_pickle
@@ -62,17 +63,33 @@ def open_model(
     """
     path = Path(path)
     named = trust or bool(allow) or factory is not None
-    with importable(*((Path.cwd(), path.resolve().parent) if named else ())):
+    with _naming(path), importable(*((Path.cwd(), path.resolve().parent) if named else ())):
         document, describe = _read(path, trust, tuple(allow))
-        if factory is not None:
-            state, where = state_dict_in(document, str(path))
-            module, changes = load_state(make_factory(factory, factory_args), state, str(path))
-            whole = "writes a whole module, since a merged model no longer fits the architecture's state_dict"
-            file = ModelFile(module, Container(), path, describe, (*where, *changes, whole))
-        else:
+        if factory is None:
             file = find_module(document, path, describe)
-    check_module(file.module, untrusted=not trust)
+        else:
+            file = _build(make_factory(factory, factory_args), document, path, describe)
+        check_module(file.module, untrusted=not trust)
     return file
+
+
+def _build(factory: Factory, document: Any, path: Path, describe: str) -> ModelFile:
+    state, where = state_dict_in(document, str(path))
+    module, changes = load_state(factory, state, str(path))
+    whole = "writes a whole module, since a merged model no longer fits the architecture's state_dict"
+    return ModelFile(module, Container(), path, describe, (*where, *changes, whole))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file it is in errors that come from where that is not known."""
+    try:
+        yield
+    except LoadError as error:
+        if str(path) in error.message or error.message.startswith("--"):
+            raise
+        about, message = error.message.startswith("the file "), error.message.removeprefix("the file ")
+        raise LoadError(f"{path}{' ' if about else ': '}{message}", error.hint) from error.__cause__
 
 
 def peek(path: str | os.PathLike[str]) -> Contents | None:
@@ -85,7 +102,7 @@ def peek(path: str | os.PathLike[str]) -> Contents | None:
     kind = sniff(path)
     if kind.name not in ("torch_zip", "torch_legacy"):
         return None
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         return summarise(_inert(file, path, kind))
 
 

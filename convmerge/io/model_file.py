@@ -87,7 +87,8 @@ def find_module(document: Any, path: Path, describe: str) -> ModelFile:
     notes: tuple[str, ...] = ()
     others = [f"'{printable(str(k))}'" for k in keys if document[k] is not document[key]]
     if others:
-        notes = (f"of several modules in the file took '{key}' and left {', '.join(others)} as it is",)
+        left = ", ".join(others)
+        notes = (f"of several modules in the file took '{printable(str(key))}' and left {left} as it is",)
     return _unwrapped(document[key], Container(document, key), path, describe, notes)
 
 

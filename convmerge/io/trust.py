@@ -39,51 +39,38 @@ _CALLED = frozenset(
 _TYPED_REBUILD = "torch._tensor._rebuild_from_type_v2"
 
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
-
-# (prefix of a name that is not allowed, what the file is, the way out), the most telling first.
+_RUN_CODE = (
+    *("os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "socket.", "ctypes.", "importlib.", "runpy."),
+    *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.open", "builtins.getattr"),
+    *("builtins.__import__", "builtins.setattr", "operator."),
+)
+# (how a name that is not allowed begins, what that says of the file, the way out), the most telling first.
 _TELLING = (
     (
-        "torch.nn.parameter.Uninitialized",
-        "a lazy module whose parameters have no shape yet",
+        ("torch.nn.parameter.Uninitialized",),
+        "holds a lazy module whose parameters have no shape yet",
         "run the model once before saving it",
     ),
     (
-        "torch._dynamo.",
-        "a torch.compile wrapper",
+        ("torch._dynamo.",),
+        "holds a torch.compile wrapper",
         f"save the model inside it (compiled._orig_mod), or {_TRUST}",
     ),
-    *(
-        (prefix, "a quantised model", "fuse the floating-point model, then quantise the result")
-        for prefix in ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.")
-    ),
-    *(
-        (f"{module}.", f"something that asks for {module}, with which any code can be run", _TRUST)
-        for module in (
-            "os",
-            "posix",
-            "nt",
-            "sys",
-            "subprocess",
-            "shutil",
-            "socket",
-            "ctypes",
-            "importlib",
-            "runpy",
-        )
-    ),
-    *(
-        (f"builtins.{name}", f"something that asks for {name}(), with which any code can be run", _TRUST)
-        for name in ("eval", "exec", "compile", "open", "__import__", "getattr")
-    ),
     (
-        "__main__.",
-        "a class defined in the script that saved it",
+        ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic."),
+        "holds a quantised model",
+        "fuse the floating-point model, then quantise the result",
+    ),
+    (_RUN_CODE, "asks for what can run any code", _TRUST),
+    (
+        ("__main__.",),
+        "needs a class of the script that saved it",
         "move the class into a .py file of its own, import it from there and save the model again",
     ),
     (
-        "torch.nn.modules.",
-        "a class this version of torch does not have",
-        "load and save it with the torch version it was saved with, and a state_dict",
+        ("torch.nn.modules.",),
+        "needs a class this version of torch does not have",
+        "load it with the torch version it was saved with, and save its state_dict",
     ),
 )
 
@@ -95,8 +82,7 @@ def resolve(pickle: Pickle, unknown: Iterable[str], allow: Sequence[str]) -> Saf
         unknown: the names in the file that torch.load does not accept by itself.
 
     Raises:
-        LoadError: a name is covered neither by the default nor by ``allow``, or is used as torch.save never
-        does.
+        LoadError: a name is not allowed, or is used as torch.save never does.
     """
     allowed = Allowed(allow)
     if any(is_graph_maker(name) for name in pickle.globals):
@@ -168,24 +154,27 @@ def _could_do_anything(name: Global, called: set[Global]) -> bool:
 def _missing(pickle: Pickle, missing: list[Global]) -> LoadError:
     """The error that names the classes and the flags that allow them."""
     for name in missing:
-        if not all(
-            part.isidentifier() for part in name.path.split(".")
-        ):  # it would end up in a shell command
+        # The hint is meant to be pasted into a shell.
+        if not all(part.isidentifier() for part in name.path.split(".")):
             raise _suspicious(f"names the class {name}")
-    for prefix, what, hint in _TELLING:
+    for prefixes, what, hint in _TELLING:
         for name in missing:
-            if name.path.startswith(prefix):
-                return LoadError(f"the file holds {what} ({name})", hint)
+            if name.path.startswith(prefixes):
+                return LoadError(f"the file {what}: {name}", hint)
     called = {call.maker for call in pickle.calls if isinstance(call.maker, Global)}
     for name in missing:
         if _could_do_anything(name, called):
-            return LoadError(f"the file asks for the function {name}, which it could use to run code", _TRUST)
+            return LoadError(
+                f"the file asks for the function {name}, which could be made to run code", _TRUST
+            )
     modules = {node.maker for node in pickle.objects if isinstance(node.maker, Global) and is_module(node)}
     flags = dict.fromkeys(f"--allow {name.module if name in modules else name}" for name in missing)
-    shown = ", ".join(str(name) for name in missing[:3])
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    plural = "es" if len(missing) > 1 else ""
+    classes = f"class {missing[0]}" if len(missing) == 1 else f"classes {_first_few(missing)}"
     return LoadError(
-        f"the file needs the class{plural} {shown}{more}",
-        f"pass {' '.join(flags)}, or --trust if you made this file",
+        f"the file needs the {classes}", f"pass {' '.join(flags)}, or --trust if you made this file"
     )
+
+
+def _first_few(names: list[Global]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(str(name) for name in names[:3]) + more
