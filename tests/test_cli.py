@@ -289,6 +289,14 @@ def test_files_that_are_no_models(run: Run, tmp_path: Path, name: str, content: 
     assert not (tmp_path / "out.pt").exists()
 
 
+def test_inspect_tells_what_a_file_it_may_not_load_holds(run: Run) -> None:
+    result = run("inspect", FIXTURES / "repvgg.pt")
+    assert result.code == 2 and "--allow fixtures.blocks" in result.err
+    assert "fixtures.blocks.RepVGGBlock ×4" in result.out
+    assert "0.dense.0.weight" in result.out and "16×3×3×3" in result.out
+    assert "6.weight" not in result.out and "6.weight" in run("inspect", FIXTURES / "repvgg.pt", "-v").out
+
+
 def test_a_model_that_does_not_run(run: Run, chain: Path) -> None:
     result = run("inspect", chain, "--input", "1,4,19,23")
     assert (result.code, result.out) == (2, "")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from convmerge.render import View, check_parts, fuse_parts, inspect_parts, verify_parts
+from convmerge.io import Contents, TensorInfo
+from convmerge.render import View, check_parts, contents_parts, fuse_parts, inspect_parts, verify_parts
 from convmerge.render.figures import arrow, compact, difference, percent, seconds
 from convmerge.render.sites import group_sites
 from convmerge.report import Comparison, Counts, Report, SiteReport, Verification
@@ -187,7 +188,11 @@ def test_names_are_printed_literally(width: int, verbose: bool) -> None:
         seconds={HOSTILE: 1.0},
     )
     view = View(width, verbose=verbose)
+    contents = Contents(
+        "module", HOSTILE, {HOSTILE: HOSTILE}, (TensorInfo(HOSTILE, (2, 3), HOSTILE),), (HOSTILE,)
+    )
     for parts in (
+        contents_parts(contents, view),
         inspect_parts(report, view, HOSTILE),
         check_parts(report, view, HOSTILE),
         fuse_parts(report, view, HOSTILE),

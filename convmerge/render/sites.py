@@ -111,9 +111,11 @@ def _site_table(groups: Sequence[Group], view: View) -> Table:
 def _paragraph(group: Group, view: View) -> list[RenderableType]:
     site = group.first
     title = view.text(site.action, STYLES[site.action]) + Text(" ") + view.text(group.place)
-    facts = [group.operators, group.geometry, f"MACs {_macs(group)}", f"weights {_weights(group)}"]
-    lines = ["; ".join(fact for fact in facts if fact), _reason(group)]
-    return [title, *(inset(line, view) for line in lines if line)]
+    figures = "; ".join(f"{k} {v}" for k, v in (("MACs", _macs(group)), ("weights", _weights(group))) if v)
+    facts = [fact for fact in (group.operators, group.geometry, figures) if fact]
+    row = "; ".join(facts)
+    lines = [row] if len(row) + 2 <= view.width else facts
+    return [title, *(inset(line, view) for line in [*lines, _reason(group)] if line)]
 
 
 def _indented(line: str, view: View) -> Text:
@@ -122,11 +124,15 @@ def _indented(line: str, view: View) -> Text:
 
 
 def _macs(group: Group) -> str:
-    return arrow(group.total(lambda s: s.macs_before), group.total(lambda s: s.macs_after))
+    return _figure(group.total(lambda s: s.macs_before), group.total(lambda s: s.macs_after))
 
 
 def _weights(group: Group) -> str:
-    return arrow(group.total(lambda s: s.weights_before), group.total(lambda s: s.weights_after))
+    return _figure(group.total(lambda s: s.weights_before), group.total(lambda s: s.weights_after))
+
+
+def _figure(before: int, after: int) -> str:
+    return arrow(before, after) if before or after else ""
 
 
 def _reason(group: Group) -> str:
