@@ -111,6 +111,7 @@ def test_kinds_that_open(tmp_path: Path) -> None:
     assert sniff(path).name == "safetensors"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_kinds_written_by_torch(tmp_path: Path) -> None:
     model, x = small().eval(), torch.randn(1, 3, 7, 5)
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "a.pt2")
@@ -515,6 +516,7 @@ def test_wrappers_come_off(tmp_path: Path) -> None:
     assert "_orig_mod" in (error.hint or "")
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
 def test_tensors_without_plain_numbers(tmp_path: Path) -> None:
     with torch.device("meta"):
         meta = nn.Linear(3, 5)
