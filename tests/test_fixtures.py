@@ -71,10 +71,10 @@ def test_files_are_small(name: str) -> None:
 class Case:
     """How a fixture is given to convmerge, and the operators that are left of it.
 
-    ``traced``: the fused file holds a GraphModule, which loads by running code from the file.
+    ``left`` is None where it depends on predicted costs; no batch norm is left in any case. ``traced``: the fused file holds a GraphModule, which loads by running code from the file.
     """
 
-    left: dict[str, int]
+    left: dict[str, int] | None
     options: tuple[str, ...] = ()
     traced: bool = False
 
@@ -87,11 +87,11 @@ CASES = {
     "block_diagonal_two_step": Case({"conv": 1}, ("--input", "1,6")),
     "conv_chain": Case({"conv": 1}),
     "do_conv": Case({"conv": 2}, ALLOW),
-    "edsr": Case({"conv": 4, "pad": 2, "pixel_shuffle": 2}),
+    "edsr": Case(None),
     "hypernetwork": Case({"conv": 2, "linear": 2}, (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")),
     "linear_head": Case({"conv": 1, "linear": 1}),
     "lora": Case({"linear": 2}, ALLOW),
-    "mobilenet": Case({"adaptive_avg_pool": 1, "conv": 5, "linear": 1}),
+    "mobilenet": Case(None),
     "repvgg": Case({"adaptive_avg_pool": 1, "conv": 4, "linear": 1}, ALLOW, traced=True),
     "resnet": Case({"adaptive_avg_pool": 1, "add": 3, "conv": 9, "linear": 1}, ALLOW),
     "sesr": Case({"conv": 4, "pixel_shuffle": 1}),
@@ -118,7 +118,9 @@ def test_fusing_leaves_what_is_expected_and_nothing_to_merge(
     case, model, fused = CASES[name], f"fixtures/{name}.pt", str(tmp_path / "fused.pt")
     code, report = convmerge(capsys, "fuse", model, "-o", fused, *case.options)
     assert code == 0
-    assert report["after"]["operators"] == case.left
+    after = report["after"]["operators"]
+    assert "batch_norm" not in after
+    assert case.left in (None, after)
     options = (*case.options, *["--trust"] * case.traced)
     assert convmerge(capsys, "verify", model, fused, *options)[0] == 0
     code, report = convmerge(capsys, "check", fused, *options)

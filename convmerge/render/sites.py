@@ -16,6 +16,7 @@ from convmerge.report import SiteReport
 
 STYLES = {"merge": "green", "keep": "yellow", "refuse": "magenta"}
 T = TypeVar("T", int, float)
+_SPAN_WIDTH = 72
 _REASON_WIDTH = 28  # a narrower column of reasons is hard to read
 
 
@@ -58,7 +59,11 @@ class Group:
 
 
 def _span(values: Sequence[str]) -> str:
-    return values[0] if len(set(values)) == 1 else f"{values[0]} … {values[-1]}"
+    """What the sites of a group share, else the first one's and the last one's, as far as there is room."""
+    if len(set(values)) == 1:
+        return values[0]
+    both = f"{values[0]} … {values[-1]}"
+    return both if len(both) <= _SPAN_WIDTH else f"{values[0]} …"
 
 
 def group_sites(sites: Iterable[SiteReport]) -> list[Group]:
