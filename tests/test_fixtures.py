@@ -71,7 +71,8 @@ def test_files_are_small(name: str) -> None:
 class Case:
     """How a fixture is given to convmerge, and the operators that are left of it.
 
-    ``left`` is None where it depends on predicted costs; no batch norm is left in any case. ``traced``: the fused file holds a GraphModule, which loads by running code from the file.
+    ``left`` is None where it depends on predicted costs; no batch norm is left in any case.
+    ``traced``: the fused file holds a GraphModule, which loads by running code from the file.
     """
 
     left: dict[str, int] | None
