@@ -14,20 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch_files import assert_same, small
 
 from convmerge.errors import ConvmergeError
 from convmerge.io import check_target, load, open_model, save
-
-
-def small(out: int = 2) -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Conv2d(3, 5, (3, 1)), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, out, 1)).eval()
-
-
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def state_of(directory: Path) -> dict[str, bytes]:
@@ -84,7 +74,7 @@ class Tracer(torch.fx.Tracer):
 
 LOAD_ALONE = """
 import sys
-for name in ("convmerge", "test_io_save"):
+for name in ("convmerge", "torch_files", "test_io_save"):
     sys.modules[name] = None  # importing it raises
 import torch
 directory = sys.argv[1]
@@ -98,7 +88,7 @@ print("fine")
 
 
 def test_written_files_load_with_torch_alone(tmp_path: Path) -> None:
-    model, x = small(), torch.randn(2, 3, 7, 5)
+    model, x = small().eval(), torch.randn(2, 3, 7, 5)
     traced = nn.Sequential(model[0], torch.fx.GraphModule(model[1:], Tracer().trace(model[1:])))
     assert torch.equal(traced(x), model(x))
     torch.save({"epoch": 1, "model": model}, tmp_path / "in.pt")

@@ -1,4 +1,4 @@
-"""Makes torch.save files by hand, for the tests of damaged and hostile ones."""
+"""What the tests of files share: saving and refusing, and torch.save files made by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,42 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
+
+from convmerge.errors import ConvmergeError
+from convmerge.io import open_model
+
+
+def saved(path: Path, obj: Any, **options: Any) -> Path:
+    torch.save(obj, path, **options)
+    return path
+
+
+def small() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, (3, 1), bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    )
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    assert [type(m).__name__ for m in a.modules()] == [type(m).__name__ for m in b.modules()]
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert list(ours) == list(theirs)
+    for key, value in ours.items():
+        assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
+
+
+def assert_refused(path: Path, words: str, **options: Any) -> ConvmergeError:
+    with pytest.raises(ConvmergeError, match=words) as caught:
+        open_model(path, **options)
+    error = caught.value
+    assert "\n" not in error.message and len(error.message) < 400, error.message
+    assert error.hint and "\n" not in error.hint, "every refusal names a way out"
+    assert str(path) in error.message or error.message.startswith("--"), error.message
+    return error
 
 
 def archive(path: Path, pickle: bytes, storages: dict[str, bytes] | None = None, **members: bytes) -> Path:
