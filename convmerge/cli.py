@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from convmerge.terminal import Progress
 
 CLEAN, FINDING, NO_VERDICT, INTERRUPTED = 0, 1, 2, 130
+_REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
 
 # Typer carries its own copy of click in some versions; this is ClickException in all of them.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -82,9 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         terminal.fail(f"internal error: {type(error).__name__}: {error}", _REPORT_IT)
     return NO_VERDICT
-
-
-_REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
 
 
 def _usage(error: Exception) -> tuple[str, str]:
