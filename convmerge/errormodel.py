@@ -164,7 +164,7 @@ class Nudged:
         with torch.no_grad():
             for p in (*self.model.parameters(), *self.model.buffers()):
                 if p.is_floating_point():
-                    sign = torch.randint(2, p.shape, generator=generator).to(p.device) * 2 - 1
+                    sign = torch.randint(2, p.shape, generator=generator).to(p.device).double() * 2 - 1
                     p.copy_(p.double() * (1 + sign * torch.finfo(p.dtype).eps))
 
     def __call__(self, run: Run) -> Reading:

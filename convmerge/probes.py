@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,7 +60,7 @@ def probe(
 
     Each shape is run twice. Dense inputs meet everything, but with n terms in an output a wrong one is a
     1/n-th of it; sparse inputs, about 32 non-zeros under each output (more where there are so few positions
-    that some tap would meet none), make a single wrong tap stand out.
+    that some tap would meet none), make a single wrong tap stand out. Where these are not sparse, one run does.
 
     Args:
         original, merged: the two sides, on float64 tensors of the given shapes.
@@ -89,12 +89,13 @@ def probe(
     return worst
 
 
-def _probe_inputs(shape: tuple[int, ...], terms: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _probe_inputs(shape: tuple[int, ...], terms: int, generator: torch.Generator) -> Iterator[Tensor]:
     positions = shape[0] * math.prod(shape[2:])
-    density = min(1.0, max(32 / max(terms, 1), 8 / max(positions, 1)))
-    dense, sparse = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
-    keep = torch.rand(shape, generator=generator) < density
-    return dense, sparse * keep
+    density = max(32 / max(terms, 1), 8 / max(positions, 1))
+    yield torch.randn(shape, generator=generator, dtype=torch.float64)
+    if density < 1:
+        keep = torch.rand(shape, generator=generator) < density
+        yield torch.randn(shape, generator=generator, dtype=torch.float64) * keep
 
 
 def _probe_once(expected: Tensor, merged: Map, magnitude: Map, x: Tensor, gamma: float) -> Probe:

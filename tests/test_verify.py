@@ -56,6 +56,21 @@ def test_no_false_alarm_for_conv_and_batch_norm_folded_by_hand(dtype: torch.dtyp
         assert verdict.comparisons[0].relative64 is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+def test_no_false_alarm_for_deep_models(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 61, 9, 11)
+    pairs = [models.conv_bn(61, 61, 3, padding=1) for _ in range(20)]
+    models.calibrate(nn.Sequential(*(nn.Sequential(pair, nn.ReLU()) for pair in pairs)), x)
+    original = nn.Sequential(*(m for pair in pairs for m in (pair, nn.ReLU()))).to(dtype)
+    fused = nn.Sequential(*(m for pair in pairs for m in (folded(*pair), nn.ReLU())))
+    verdict = compare(original, fused, inputs(x.to(dtype)))
+    assert verdict.equal
+    ratio = verdict.comparisons[0].error_ratio
+    assert ratio is not None
+    assert 0.05 < ratio < 4, verdict
+
+
 def test_no_false_alarm_for_a_single_output_number() -> None:
     for seed in range(40):
         model, x = random_conv_bn(seed)
