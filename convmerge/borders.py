@@ -65,8 +65,7 @@ def join_geometry(outer: Geometry, inner: Geometry) -> Geometry:
         raise Refusal(_tap_leak(outer, inner, found.tap))
     if not any(found.bias) and not outer.ones:
         return both
-    if any(inside_taps(axis) is None for axis in axes(inner)):
-        raise Refusal(_no_inside_tap(inner))
+    _inside_taps(inner)  # or a refusal
     return replace(both, bias=outer.bias or (inner.bias and not any(found.bias)), ones=True)
 
 
@@ -74,9 +73,8 @@ def join(outer: Affine, inner: Affine, *, bias_magnitude: Tensor | None = None) 
     """outer ∘ inner, exact at every input size, zero padding included.
 
     Args:
-        bias_magnitude: the sum of magnitudes that each entry of ``inner.bias`` was computed from, in its
-        shape.
-            An entry within 8 * 2**-53 of that is rounding, and taken to be zero.
+        bias_magnitude: for each entry of ``inner.bias`` the sum of the magnitudes it was computed from. An
+            entry within 8 * 2**-53 of that is rounding, and taken to be zero.
 
     Raises:
         Refusal: the rates do not compose; a tap leak; or a bias leak without a tap that is always inside.
@@ -108,8 +106,7 @@ def fade_bias(form: Affine) -> Affine:
         Refusal: no tap is inside the input at every output position; or the bias has an unusual period.
     """
     assert form.bias is not None
-    taps = [inside_taps(axis) for axis in axes(form.geometry)]
-    period = [len(t) for t in taps if t is not None]
+    period = [len(taps) for taps in _inside_taps(form.geometry)]
     if form.bias.dim() > 1 and any(p % q for p, q in zip(period, form.bias.shape[1:], strict=True)):
         raise Refusal("the bias has another period than the upsampling")
     ones = form.weight.new_zeros(form.geometry.out_channels, *form.geometry.kernel)
@@ -129,12 +126,17 @@ def _indicator(form: Affine) -> Affine:
 def _mesh(g: Geometry) -> tuple[slice | Tensor, ...]:
     """Index into (channels, *kernel) of the always-inside tap of every phase: (channels, *period)."""
     index: list[slice | Tensor] = [slice(None)]
-    for dim, axis in enumerate(axes(g)):
-        taps = inside_taps(axis)
-        if taps is None:
-            raise Refusal(_no_inside_tap(g))
+    for dim, taps in enumerate(_inside_taps(g)):
         index.append(torch.tensor(taps).reshape([-1 if d == dim else 1 for d in range(g.spatial)]))
     return tuple(index)
+
+
+def _inside_taps(g: Geometry) -> list[tuple[int, ...]]:
+    """Per dimension a tap for every phase that is always inside the input."""
+    found = [taps for axis in axes(g) if (taps := inside_taps(axis)) is not None]
+    if len(found) < g.spatial:
+        raise Refusal(f"the bias of the {_noun(g)} ends at the padding after it, and no tap marks where")
+    return found
 
 
 def _without_zero_bias(form: Affine, magnitude: Tensor | None) -> Affine:
@@ -161,10 +163,6 @@ def _tap_leak(outer: Geometry, inner: Geometry, where: Sequence[bool]) -> str:
         f"the {_noun(outer)} pads its input with zeros where the output of the {_noun(inner)} before it "
         f"would not be zero ({', '.join(names)})"
     )
-
-
-def _no_inside_tap(g: Geometry) -> str:
-    return f"the bias of the {_noun(g)} ends at the padding after it, and no tap marks where"
 
 
 def _noun(g: Geometry) -> str:

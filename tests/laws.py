@@ -275,7 +275,7 @@ def commutes(draw: Draw) -> str:
 
 @refusable
 def builds(draw: Draw) -> str:
-    """Every emission of a form, or of two joined ones, as torch layers in float64."""
+    """Every emission of a form, or of two joined ones, as torch layers; returns the kind of one of them."""
     chain = draw.chain(draw.random.choice([1, 1, 2]))
     if draw.spatial == 2 and draw.random.random() < 0.3:
         rate = draw.random.choice([2, 3])
@@ -290,7 +290,7 @@ def builds(draw: Draw) -> str:
         outcome = same(draw, form.geometry.in_channels, lambda x: run([form], x), layers)
         if outcome == "exact":
             kinds.add("+".join(layer.kind for layer in emission.layers))
-    return max(kinds, key=len, default="too small")
+    return draw.random.choice(sorted(kinds)) if kinds else "too small"
 
 
 def draw_axes(draw: Draw) -> list[Axis]:

@@ -1,0 +1,117 @@
+"""The cost model: what it counts, what it compares by, and decisions that must come out one way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convmerge.affine import Geometry
+from convmerge.algebra.axis import POINT, Axis, from_axes
+from convmerge.borders import join_geometry
+from convmerge.cost import ZERO, Cost, cheapest, emission_cost, layer_cost, operator_cost
+from convmerge.emit import Layer, build, emissions
+
+SAME = Axis(3, 1, 1, 1, 1, 1)
+VALID = Axis(3, 1, 1, 1, 0, 0)
+
+
+def mix(into: int, out: int, *, bias: bool = True) -> Geometry:
+    return from_axes(into, out, 1, [POINT, POINT], bias)
+
+
+def conv(into: int, out: int, axis: Axis = SAME, groups: int = 1) -> Geometry:
+    return from_axes(into, out, groups, [axis, axis], True)
+
+
+def test_macs_and_weights_are_those_of_the_layers() -> None:
+    g = Geometry(6, 4, 2, (3, 5), (1, 1), (2, 1), (1, 1), (1, 2), (1, 2), bias=True)
+    cost = layer_cost(Layer("conv", g), (9, 7), batch=3)
+    assert cost.macs == 3 * 4 * 3 * 15 * 5 * 7
+    assert cost.weights == 4 * 3 * 15 + 4
+
+
+def test_cost_of_an_emission_is_that_of_what_is_built() -> None:
+    g = Geometry(3, 2, 1, (4, 4), (2, 2), (1, 1), (1, 1), (2, 2), (2, 2), bias=True, ones=True)
+    for emission in emissions(g):
+        layers = build(_zeros(g), emission)
+        cost = emission_cost(emission, (8, 8))
+        assert cost.weights == sum(p.numel() for p in layers.parameters())
+        assert layers(torch.zeros(1, 3, 8, 8)).shape == (1, 2, 16, 16)
+    transposed, shuffled, shifted = (emission_cost(e, (8, 8)).macs for e in emissions(g))
+    assert transposed == 4 * 2 * 16 * 64
+    assert shuffled == 4 * 8 * 9 * 64
+    assert shifted == 4 * 8 * 4 * 81
+
+
+def _zeros(g: Geometry):  # type: ignore[no-untyped-def]
+    from convmerge.affine import Affine
+
+    weight = torch.zeros(g.out_channels, g.in_channels, *g.kernel, dtype=torch.float64)
+    return Affine(g, weight, weight[:, 0, 0, 0], weight[:, 0])
+
+
+def test_costs_add_up() -> None:
+    assert Cost(1.0, 2, 3) + Cost(0.5, 1, 1) + ZERO == Cost(1.5, 3, 4)
+
+
+def test_ties_go_to_latency() -> None:
+    fast, small = Cost(1.0, 10, 5), Cost(2.0, 10, 4)
+    assert min((fast, small), key=lambda c: c.key("latency")) is fast
+    assert min((fast, small), key=lambda c: c.key("params")) is small
+    assert min((fast, small), key=lambda c: c.key("macs")) is fast
+
+
+@pytest.mark.parametrize("channels", [3, 64, 512])
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (112, 112)])
+def test_batch_norm_after_a_convolution_is_always_worth_folding(channels: int, size: tuple[int, int]) -> None:
+    before, norm = conv(channels, channels), from_axes(channels, channels, channels, [POINT, POINT], True)
+    apart = cheapest(before, size)[1] + operator_cost("batch_norm", 0, geometry=norm, size=size)
+    together = cheapest(join_geometry(norm, before), size)[1]
+    for objective in ("latency", "macs", "params"):
+        assert together.key(objective) < apart.key(objective)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "size"),
+    [
+        (mix(96, 24), mix(24, 144), (28, 28)),  # MobileNetV2's bottleneck
+        (conv(32, 32, SAME, groups=32), mix(32, 64), (56, 56)),  # depthwise, then pointwise
+        (conv(64, 64, VALID), conv(64, 64, VALID), (56, 56)),
+        (conv(256, 256, VALID), conv(256, 256, VALID), (14, 14)),
+    ],
+)
+def test_merges_that_must_not_be_made(inner: Geometry, outer: Geometry, size: tuple[int, int]) -> None:
+    assert _together(inner, outer, size) > _apart(inner, outer, size)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "size"),
+    [
+        (mix(64, 256), mix(256, 64), (28, 28)),
+        (conv(16, 256, SAME), mix(256, 16), (64, 64)),  # SESR's over-parameterised pair
+        (mix(3, 3), conv(3, 64, SAME), (96, 96)),  # a change of colours before the first convolution
+        (conv(48, 96, VALID), mix(96, 48), (32, 32)),
+    ],
+)
+def test_merges_that_must_be_made(inner: Geometry, outer: Geometry, size: tuple[int, int]) -> None:
+    assert _together(inner, outer, size) < _apart(inner, outer, size)
+
+
+def _apart(inner: Geometry, outer: Geometry, size: tuple[int, int]) -> float:
+    return (cheapest(inner, size)[1] + cheapest(outer, inner.out_size(size))[1]).latency
+
+
+def _together(inner: Geometry, outer: Geometry, size: tuple[int, int]) -> float:
+    return cheapest(join_geometry(outer, inner), size)[1].latency
+
+
+def test_an_unknown_operator_goes_once_over_its_input() -> None:
+    assert operator_cost("mystery", 10**6) == operator_cost("add", 10**6)
+    assert operator_cost("add", 2 * 10**6).latency > operator_cost("add", 10**6).latency
+
+
+def test_zero_taps_are_chosen_over_padding_only_where_they_are_cheaper() -> None:
+    small = from_axes(16, 16, 1, [Axis(5, 1, 2, 1, 1, 2)] * 2)
+    assert str(cheapest(small, (8, 8))[0]).startswith("Conv2d(16, 16, 6×6")
+    large = from_axes(256, 256, 1, [Axis(3, 1, 2, 1, 0, 1)] * 2)
+    assert str(cheapest(large, (56, 56))[0]).startswith("ZeroPad2d")
