@@ -20,6 +20,10 @@ from convmerge.regions import Chain, Element, Regions, calls_of, find_regions
 from convmerge.retrace import Trace, cut, retrace
 
 
+# How much of a model's MACs one merge may add where it is predicted to be faster all the same.
+SPARE_MACS = 0.001
+
+
 @dataclass(frozen=True, eq=False)
 class Decision:
     """A site that merges, with the edit that does it. ``also`` are the other calls of the same modules."""
@@ -65,6 +69,7 @@ class Decider:
         self.frames = Frames(self.evidence, constants)
         regions = find_regions(Context(self.evidence, constants))
         self.planner = planner = Planner(self.frames, self.objective, self._forbidden, self._allowed)
+        planner.spare_macs = SPARE_MACS * sum(planner.macs(chain) for chain in regions.chains)
         plans: dict[int, ChainPlan] = {}
         edits: dict[Site, Edit] = {}
         dirty = set(range(len(regions.chains)))

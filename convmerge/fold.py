@@ -56,6 +56,17 @@ def axis_of(elements: Sequence[Element]) -> int | None:
     return None
 
 
+def axes_along(elements: Sequence[Element]) -> list[int | None]:
+    """The channel axis at the source of every element, followed through the passages; None where it is lost."""
+    axis = axis_of(elements)
+    found: list[int | None] = []
+    for element in elements:
+        found.append(axis)
+        if axis is not None and isinstance(element, Leaf) and isinstance(element.step, Passage):
+            axis = element.step.axis_map.get(axis)
+    return found
+
+
 def geometry_of(element: Element, place: Place) -> Geometry:
     """The geometry of one element whose source has its channels at ``place``.
 

@@ -18,10 +18,10 @@ from convmerge.cost import ZERO, Cost, Objective, cheapest, operator_cost
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
 from convmerge.algebra import lift, lift_geometry
-from convmerge.fold import Place, fold_geometry, fold_numbers, place_of
+from convmerge.fold import Place, axes_along, fold_geometry, fold_numbers, place_of
 from convmerge.lower import Frames, Run
 from convmerge.recognise import Filter, Passage, Same, Scalar
-from convmerge.regions import Block, Chain, Element, Leaf
+from convmerge.regions import Block, Chain, Element, Leaf, leaves
 
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
@@ -95,12 +95,14 @@ class Planner:
         objective: ``latency``, ``macs`` or ``params``; ties go to latency.
         forbidden: (source, target) of merges that may not be made → why.
         allowed: whether the user wants this merge (--only, --skip).
+        spare_macs: by how much a merge may raise the MACs where that is predicted to be faster.
     """
 
     frames: Frames
     objective: Objective = "latency"
     forbidden: Forbidden = field(default_factory=dict)
     allowed: Callable[[Sequence[Element]], bool] = lambda elements: True
+    spare_macs: float = 0.0
 
     @property
     def evidence(self) -> Evidence:
@@ -160,9 +162,17 @@ class Planner:
                 if not any(_is_passage(e) for e in elements):
                     break
                 continue
-            if site is not None:
+            if site is not None and self._affordable(site):
                 parts.append(_Part(first, end, site.after, site))
         return parts
+
+    def _affordable(self, site: Site) -> bool:
+        """Predicted time decides only among merges that do not raise the MACs by more than a trifle.
+
+        More work in fewer calls can be faster, but not on every machine, and never for a compiler that fuses
+        the calls anyway.
+        """
+        return self.objective == "params" or site.after.macs <= site.before.macs + self.spare_macs
 
     def _site(self, elements: Chain, before: Cost) -> Site | None:
         """The elements as one operator; None if that was forbidden. Raises Refusal."""
@@ -170,26 +180,21 @@ class Planner:
         if place is None or ends_of(elements) in self.forbidden or not self.allowed(elements):
             return None
         runs = _runs(elements)
-        geometries = self._run_geometries(runs)
+        geometries = run_geometries(self.evidence, elements, runs)
         home, geometry = _at_home(geometries)
         home_place = geometries[home][0]
         emission, cost = self.cheapest(geometry, home_place)
         emptied = tuple(run for index, run in enumerate(runs) if index != home)
         return Site(elements, place, runs[home], emptied, home_place, geometry, emission, before, cost)
 
-    def _run_geometries(self, runs: Sequence[Run]) -> list[tuple[Place, Geometry]]:
-        found = []
-        for run in runs:
-            place = place_of(self.evidence, run.elements)
-            if place is None:
-                raise Refusal("only plain factors stand on one side of a relayout")
-            found.append((place, fold_geometry(run.elements, place)))
-        return found
-
     def cheapest(self, geometry: Geometry, place: Place) -> tuple[Emission, Cost]:
         """The cheapest way to build a form at a place. Raises Refusal where there is none."""
         _check_place(geometry, place)
         return cheapest(geometry, place.size, objective=self.objective, batch=place.batch)
+
+    def macs(self, chain: Chain) -> int:
+        """Multiply-accumulates of a chain as it is."""
+        return sum(self._leaf_cost(leaf).macs for leaf in leaves(chain))
 
     def _cost_as_is(self, element: Element) -> Cost:
         """Cost of an element that is not merged with its neighbours; a block may merge inside."""
@@ -274,6 +279,21 @@ class Planner:
         return Denial(elements, place, "costs more as one operator", before, site.after)
 
 
+def run_geometries(
+    evidence: Evidence, elements: Chain, runs: Sequence[Run]
+) -> list[tuple[Place, Geometry]]:
+    """Where each run stands, and its geometry there. Raises Refusal."""
+    axes = dict(zip(map(id, elements), axes_along(elements), strict=True))
+    found = []
+    for run in runs:
+        axis = axes[id(run.elements[0])]
+        if axis is None:
+            raise Refusal("the channels are split or joined in between")
+        place = Place(axis, evidence.size(run.source))
+        found.append((place, fold_geometry(run.elements, place)))
+    return found
+
+
 def ends_of(elements: Sequence[Element]) -> tuple[Node, Node]:
     """Source and target of elements, identities at either end not counted."""
     solid = [e for e in elements if not _is_same(e)] or list(elements)
@@ -284,9 +304,7 @@ def site_numbers(site: Site, evidence: Evidence) -> Affine:
     """The merged form of a site in float64."""
     runs = sorted([site.home, *site.emptied], key=lambda run: site.elements.index(run.elements[0]))
     folded: Affine | None = None
-    for run in runs:
-        place = place_of(evidence, run.elements)
-        assert place is not None  # planned with it
+    for run, (place, _) in zip(runs, run_geometries(evidence, site.elements, runs), strict=True):
         form = fold_numbers(run.elements, place)
         if len(runs) > 1 and form.geometry.spatial != site.geometry.spatial:
             form = lift(form, site.geometry.spatial)

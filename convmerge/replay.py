@@ -18,6 +18,10 @@ from convmerge.recognise import Passage, Same
 from convmerge.regions import Block, Element, Leaf, calls_of, leaves
 
 
+# Operators that export writes the example's sizes into.
+RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand".split())
+
+
 class Replay:
     """The two sides of one site, as functions of a float64 tensor of the site's source.
 
@@ -70,17 +74,16 @@ class Replay:
         return total
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Two small canvases around the kernel's reach, odd and even; the example's shape where sizes are fixed."""
+        """Two small canvases on which every tap meets input, odd and even; the example's where sizes are fixed."""
         g, place = self._site.geometry, self._site.place
-        example = place.shape
-        if len(self._site.elements) > len(self._site.home.elements) + sum(len(r.elements) for r in self._site.emptied):
-            return [example]  # passages: their sizes are often written into the call
-        lead = tuple(min(n, 1 if place.size else 2) for n in example[: place.axis])
-        if not place.size:
-            return [(*lead, place.channels)]
-        reach = [max(1, -(-d * (k - 1) // u)) + 1 for d, k, u in zip(g.dilation, g.kernel, g.up, strict=True)]
-        small = [tuple(r + i % 2 for i, r in enumerate(reach)), tuple(2 * r + 1 - i % 2 for i, r in enumerate(reach))]
-        return [(*lead, place.channels, *(max(n, 2) for n in size)) for size in small]
+        if any(self._evidence.calls[leaf.node].op in RESHAPES for leaf in leaves(self._site.elements)):
+            return [place.shape]
+        lead = tuple(min(n, 1 if place.size else 2) for n in place.shape[: place.axis])
+        if len(place.size) != g.spatial:
+            return [(*lead, *place.shape[place.axis :])]
+        need = [_canvas(*dim) for dim in zip(g.kernel, g.dilation, g.lo, g.hi, g.up, strict=True)]
+        small = [tuple(n + i % 2 for i, n in enumerate(need)), tuple(n + 2 - i % 2 for i, n in enumerate(need))]
+        return [(*lead, place.channels, *size) for size in dict.fromkeys(small)]
 
     def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
         def look_up(node: Node) -> object:
@@ -108,6 +111,12 @@ class Replay:
             self._absolute[id(element)] = absolute(numbers_of(element, place)), place.axis
         form, axis = self._absolute[id(element)]
         return apply_at(form, x, axis)
+
+
+def _canvas(kernel: int, dilation: int, lo: int, hi: int, up: int) -> int:
+    """The smallest size, from 2 on, at which the first and the last tap meet input, padding considered."""
+    reach = dilation * (kernel - 1)
+    return max(2, -(-(reach - max(0, min(lo, hi))) // up) + 1)
 
 
 def absolute(form: Affine) -> Affine:

@@ -245,29 +245,54 @@ def cut(trace: Trace, positions: Sequence[int]) -> Cut:
     for position, node in trace.made_by.items():
         if node in inside and position not in covered and position not in trace.constant:
             raise Refusal("one expression of the code computes part of it and something else")
-    _include_silent(trace, inside)
+    silent = _silent(trace)
+    handing = {node for node in silent if node.op == "call_module"}  # a function may pick one of several values
+    inside |= _between(trace.graph, inside, handing)
+    inside |= _checks(trace.graph, inside, silent)
     nodes = tuple(node for node in trace.graph.nodes if node in inside)
-    sources = {s: None for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s)}
+    read = {s for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s)}
+    sources = {_through(s, handing) for s in read}
     results = [n for n in nodes if any(user not in inside for user in n.users)]
     if len(sources) != 1 or len(results) != 1:
         raise Refusal("the code uses a value inside it elsewhere too")
-    return Cut(nodes, next(iter(sources)), results[0])
+    return Cut(nodes, sources.pop(), results[0])
 
 
-def _include_silent(trace: Trace, inside: set[Node]) -> None:
-    """Add the nodes in between that make no call at all, such as an ``nn.Identity``."""
+def _silent(trace: Trace) -> set[Node]:
+    """Nodes that make no call at all, such as an ``nn.Identity``, or a look at a tensor's rank."""
     loud = set(trace.made_by.values())
-    for node in reversed(trace.graph.nodes):
-        silent = node not in loud and node.op in ("call_module", "call_function", "call_method")
-        if silent and any(u in inside for u in node.users) and any(_descends(s, inside, loud) for s in node.all_input_nodes):
-            inside.add(node)
+    calls = ("call_module", "call_function", "call_method")
+    return {node for node in trace.graph.nodes if node.op in calls and node not in loud}
 
 
-def _descends(node: Node, inside: set[Node], loud: set[Node]) -> bool:
-    """Whether a value comes from ``inside`` through silent nodes only."""
-    while node not in inside and node not in loud and node.all_input_nodes:
+def _through(node: Node, silent: set[Node]) -> Node:
+    """The value that silent nodes hand on."""
+    while node in silent and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    return node in inside
+    return node
+
+
+def _between(graph: fx.Graph, inside: set[Node], silent: set[Node]) -> set[Node]:
+    """Silent nodes on a way from ``inside`` to ``inside``."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        leads_in = any(user in inside or user in found for user in node.users)
+        if node in silent and leads_in and _through(node, silent) in inside:
+            found.add(node)
+    return found
+
+
+def _checks(graph: fx.Graph, inside: set[Node], silent: set[Node]) -> set[Node]:
+    """Silent nodes that look at values inside and lead to nothing: assertions about shapes that vanish."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in silent and all(user in found for user in node.users):
+            found.add(node)
+    touched: set[Node] = set()
+    for node in graph.nodes:
+        if node in found and any(n in inside or n in touched for n in node.all_input_nodes):
+            touched.add(node)
+    return touched
 
 
 def carries_data(node: Node) -> bool:

@@ -119,7 +119,7 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         old = _child(owner, name)
         _place(owner, name, _like(replacement.layer, old) if old is not None else replacement.layer)
         _replace(graph, home, copies, name)
-    _drop_dead(graph)
+    _drop_dead(graph, owner)
     graph.lint()
     module = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
     module.graph._tracer_cls = fx.Tracer  # a tracer of our own class would make the file need convmerge
@@ -127,25 +127,29 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
     return _like(module, owner)
 
 
-def _replace(graph: fx.Graph, part: Cut, copies: Mapping[Node, Node], name: str | None) -> None:
+def _replace(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str | None) -> None:
     """Put a call of the module ``name``, or nothing, in place of the nodes of a cut."""
     nodes = [copies[node] for node in part.nodes]
     result = copies[part.result]
-    # The source may be what another replacement has put there: read it off the copy.
-    inside = set(nodes)
-    source = next(s for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s))
+    source = copies[part.source]
     with graph.inserting_after(result):
         new = source if name is None else graph.call_module(name, (source,))
     result.replace_all_uses_with(new)
     for node in reversed(nodes):
         graph.erase_node(node)
+    copies[part.result] = new  # another replacement may begin here
 
 
-def _drop_dead(graph: fx.Graph) -> None:
-    """Erase what computed weights for calls that are gone."""
+def _drop_dead(graph: fx.Graph, owner: nn.Module) -> None:
+    """Erase what computed weights for calls that are gone, and modules that led to them and do nothing."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("get_attr", "call_function", "call_method") and not carries_data(node):
+        weight = node.op in ("get_attr", "call_function", "call_method") and not carries_data(node)
+        if not node.users and (weight or _is_identity(owner, node)):
             graph.erase_node(node)
+
+
+def _is_identity(owner: nn.Module, node: Node) -> bool:
+    return node.op == "call_module" and type(owner.get_submodule(str(node.target))) is nn.Identity
 
 
 def _place_name(owner: nn.Module, trace: Trace, home: Cut, index: int, taken: set[str]) -> str:
