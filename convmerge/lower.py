@@ -91,6 +91,11 @@ class Frames:
         """The call of a node."""
         return self.evidence.calls[node]
 
+    def around(self, frame: Frame) -> tuple[Frame, ...]:
+        """The module calls that a module call was made in, outermost first."""
+        stack = self.call(self.calls[frame][0]).stack
+        return stack[: stack.index(frame)]
+
     def unit_of(self, node: Node) -> Frame:
         """The module call whose code made a call; a wider one if all it adds is the computation of weights."""
         *outer, unit = self.call(node).stack
@@ -156,7 +161,7 @@ def _units(frames: Frames, run: Run) -> list[Frame]:
             units[frame] = None
         elif node not in skipped:
             raise Refusal("part of it stands in the code of a module that does more")
-    outer = [u for u in units if not any(u is not v and v in frames.call(_any(frames, u)).stack for v in units)]
+    outer = [u for u in units if not any(v in frames.around(u) for v in units)]
     value = run.source
     for unit in outer:
         inside = frames.data[unit]
@@ -168,10 +173,6 @@ def _units(frames: Frames, run: Run) -> list[Frame]:
     if _before(run.target, skipped) is not _before(value, skipped):
         raise Refusal("its modules do not feed one another in a row")
     return outer
-
-
-def _any(frames: Frames, frame: Frame) -> Node:
-    return next(iter(frames.data[frame]))
 
 
 def _before(value: Node, skipped: set[Node]) -> Node:
