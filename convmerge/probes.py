@@ -60,7 +60,7 @@ def probe(
 
     Each shape is run twice. Dense inputs meet everything, but with n terms in an output a wrong one is a
     1/n-th of it; sparse inputs, about 32 non-zeros under each output (more where there are so few positions
-    that some tap would meet none), make a single wrong tap stand out. Where these are not sparse, one run does.
+    that some tap would meet none), make a single wrong tap stand out. Where they are dense, one run does.
 
     Args:
         original, merged: the two sides, on float64 tensors of the given shapes.
