@@ -25,6 +25,7 @@ from convmerge.algebra import (
     commutes_geometry,
     compose,
     compose_geometry,
+    diagonal,
     scale,
     selection,
     split,
@@ -66,6 +67,18 @@ def _reproducible(law: Law, seed: int, spatial: int) -> str:
         ) from error
 
 
+class WrongResultError(AssertionError):
+    """What was merged is another function than the original."""
+
+
+def require_equal(found: Tensor, expected: Tensor, size: Sequence[int]) -> None:
+    """Not close: equal."""
+    if found.shape != expected.shape:
+        raise WrongResultError(f"shape {tuple(found.shape)}, not {tuple(expected.shape)}, at {tuple(size)}")
+    if not torch.equal(found, expected):
+        raise WrongResultError(f"another result at {tuple(size)}")
+
+
 def refusable(law: Law) -> Law:
     """A refusal is an outcome, with the numbers taken out of its reason."""
 
@@ -89,9 +102,7 @@ def same(
         x = draw.input(channels, size)
         expected = original(x)
         if expected is not None:
-            found = merged(x)
-            assert found.shape == expected.shape, f"{found.shape} for {expected.shape} at {size}"
-            assert torch.equal(found, expected), f"another result at {size}"
+            require_equal(merged(x), expected, size)
             ran = True
     return "exact" if ran else "too small"
 
@@ -107,6 +118,19 @@ def composes(draw: Draw) -> str:
     assert merged.geometry == compose_geometry(outer.geometry, inner.geometry)
     assert merged.geometry.groups == math.gcd(outer.geometry.groups, inner.geometry.groups)
     return same(draw, a, lambda x: run([inner, outer], x), merged)
+
+
+@refusable
+def folds(draw: Draw) -> str:
+    """Factors before a form, and factors and shifts after it, as batch norm has them."""
+    a, b = draw.channels(), draw.random.choice([4, 6])
+    form = draw.form(a, b) if draw.random.random() < 0.5 else draw.form(b, b)
+    into = form.geometry.in_channels
+    before = diagonal(draw.integers(into), spatial=draw.spatial)
+    after = diagonal(draw.integers(b), draw.integers(b), spatial=draw.spatial)
+    merged = compose(after, compose(form, before))
+    assert merged.geometry.groups == form.geometry.groups
+    return same(draw, into, lambda x: run([before, form, after], x), merged)
 
 
 @refusable
@@ -207,7 +231,7 @@ def splits(draw: Draw) -> str:
     if expected is None:
         return "too small"
     found = [part(piece) for part, piece in zip(parts, x.split(sizes, 1), strict=True)]
-    assert torch.equal(torch.stack(found).sum(0), expected)
+    require_equal(torch.stack(found).sum(0), expected, x.shape[2:])
     return "exact"
 
 
@@ -236,7 +260,7 @@ def unflattens(draw: Draw) -> str:
     linear = flat.form(features, draw.channels())
     x = draw.input(channels, size)
     found = unflatten(linear, size)(x)
-    assert torch.equal(found.flatten(1), linear(x.flatten(1)))
+    require_equal(found.flatten(1), linear(x.flatten(1)), size)
     return "exact"
 
 
@@ -268,7 +292,7 @@ def commutes(draw: Draw) -> str:
         x = draw.input(a, draw.size())
         expected = run([inner, outer], x)
         if expected is not None:
-            assert torch.equal(new_outer(new_inner(x)), expected)
+            require_equal(new_outer(new_inner(x)), expected, x.shape[2:])
             ran = True
     return "exact" if ran else "too small"
 
@@ -277,11 +301,8 @@ def commutes(draw: Draw) -> str:
 def builds(draw: Draw) -> str:
     """Every emission of a form, or of two joined ones, as torch layers; returns the kind of one of them."""
     chain = draw.chain(draw.random.choice([1, 1, 2]))
-    if draw.spatial == 2 and draw.random.random() < 0.3:
-        rate = draw.random.choice([2, 3])
-        dims = [axis._replace(up=rate, down=1) for axis in draw_axes(draw)]
-        g = chain[0].geometry
-        chain[0] = draw.form(g.in_channels, g.out_channels, dims)
+    if draw.spatial == 2 and draw.random.random() < 0.4:
+        chain = _upsampling_chain(draw)
     form = functools.reduce(lambda inner, outer: join(outer, inner), chain)
     ways = emissions(form.geometry)
     kinds = set()
@@ -291,6 +312,14 @@ def builds(draw: Draw) -> str:
         if outcome == "exact":
             kinds.add("+".join(layer.kind for layer in emission.layers))
     return draw.random.choice(sorted(kinds)) if kinds else "too small"
+
+
+def _upsampling_chain(draw: Draw) -> list[Affine]:
+    """A channel mix, then one rate in both dimensions, so that phases can be shuffled."""
+    rate, channels = draw.random.choice([2, 3]), draw.channels()
+    dims = [axis._replace(up=rate, down=1) for axis in draw_axes(draw)]
+    mix = draw.form(draw.channels(), channels, [POINT] * draw.spatial)
+    return [mix, draw.form(channels, draw.channels(), dims)]
 
 
 def draw_axes(draw: Draw) -> list[Axis]:

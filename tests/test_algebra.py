@@ -29,6 +29,7 @@ DRAWS = {0: 60, 1: 200, 2: 150, 3: 60}
 # law → smallest share of draws that must come out exact, in 0, 1, 2 and 3 dimensions
 EXACT = {
     laws.composes: (1.0, 0.8, 0.6, 0.3),
+    laws.folds: (1.0, 0.9, 0.8, 0.6),
     laws.associates: (1.0, 0.6, 0.4, None),
     laws.adds: (1.0, 0.8, 0.7, 0.5),
     laws.stacks: (1.0, 0.8, 0.7, 0.5),

@@ -83,11 +83,13 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     dims = axes(layer.geometry)
     where = [Placement(start, 1) for start in emission.front]
     weight = place(weight, dims, where)
-    if layer.kind == "conv_transpose":
-        blocks = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
-        weight = blocks.reshape(layer.geometry.in_channels, -1, *weight.shape[2:])
-        weight = weight.flip(tuple(range(2, weight.dim())))
-    return weight, form.bias
+    return _transposed_weight(weight, groups) if layer.kind == "conv_transpose" else weight, form.bias
+
+
+def _transposed_weight(weight: Tensor, groups: int) -> Tensor:
+    """The correlation (out, in / groups, *k) as torch's transposed convolution (in, out / groups, *k)."""
+    blocks = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return blocks.flatten(0, 1).flip(tuple(range(2, weight.dim())))
 
 
 def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
