@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from convmerge.capture import capture, copy_model
+from convmerge.cost import Objective
 from convmerge.counts import count
 from convmerge.decide import Decider, Decisions
 from convmerge.inputs import Inputs, as_inputs
@@ -23,6 +24,7 @@ from convmerge.static import StaticProofs
 from convmerge.verify import compare
 
 Progress = Callable[[str, int, int], None]
+GUILTY = "with it, the whole model does not pass its check"
 OBJECTIVES = ("latency", "macs", "params")
 
 
@@ -46,7 +48,7 @@ class _Run:
     model: nn.Module
     inputs: Inputs
     command: str
-    objective: str
+    objective: Objective
     only: Sequence[str]
     skip: Sequence[str]
     progress: Progress
@@ -68,7 +70,9 @@ class _Run:
         with self.stage("capture"):
             evidence = capture(self.model, self.inputs)
         if evidence.eager:
-            self.warnings.append("torch.export cannot follow this model; the calls of one real run were used instead")
+            self.warnings.append(
+                "torch.export cannot follow this model; the calls of one real run were used instead"
+            )
         with self.stage("plan"):
             scratch = copy_model(self.model).eval()
             decider = Decider(
@@ -98,7 +102,7 @@ def fuse(
     *,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-    objective: str = "latency",
+    objective: Objective = "latency",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -106,8 +110,8 @@ def fuse(
 
     Args:
         model: any module; it is treated in eval mode. It is not changed.
-        example_inputs: a tensor, a tuple or list of forward's arguments, a dict of keyword arguments, or Inputs.
-            Not changed.
+        example_inputs: a tensor, a tuple or list of forward's arguments, a dict of keyword arguments, or
+            Inputs. Not changed.
         only, skip: globs on module paths; a site is merged if one of its operators matches ``only`` and none
             matches ``skip``.
         objective: what to minimise: ``latency`` (predicted), ``macs`` or ``params``; ties go to latency.
@@ -133,13 +137,11 @@ def fuse(
     if chosen:
         with run.stage("verify"):
             fused, chosen, verification = _verify(run, decisions, fused, chosen, seed)
-    dropped = {id(b) for b in built} - {id(b) for b in chosen}
-    built = [b.dropped("its merge did not pass the check of the whole model") if id(b) in dropped and b.refusal is None else b for b in built]
+    kept = {id(b) for b in chosen}
+    built = [b if b.refusal or id(b) in kept else b.dropped(GUILTY) for b in built]
     with run.stage("count"):
         before, after = count(model, run.inputs), count(fused, run.inputs)
-    report = run.report(
-        decider, decisions, built, before=before, after=after, verification=verification
-    )
+    report = run.report(decider, decisions, built, before=before, after=after, verification=verification)
     return Result(fused, report)
 
 
@@ -176,7 +178,7 @@ def inspect(
     *,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-    objective: str = "latency",
+    objective: Objective = "latency",
     progress: Progress | None = None,
 ) -> Report:
     """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
@@ -189,7 +191,7 @@ def check(
     *,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-    objective: str = "latency",
+    objective: Objective = "latency",
     progress: Progress | None = None,
 ) -> Report:
     """As :func:`inspect`; ``report.merged()`` is empty when no profitable merge is left."""
@@ -202,7 +204,7 @@ def _planned(
     example_inputs: Any,
     only: Sequence[str],
     skip: Sequence[str],
-    objective: str,
+    objective: Objective,
     progress: Progress | None,
 ) -> Report:
     run = _Run(model, as_inputs(example_inputs), command, objective, only, skip, progress or _silent)

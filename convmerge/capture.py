@@ -188,16 +188,20 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Evidence:
-    """Record the calls of one real run. Weights that the forward computes past the tracer are constants of it."""
+    """Record the calls of one real run; weights computed past the tracer are constants of it."""
     canonical = canonical_paths(model)
     names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
 
     def forward(*args: Any) -> Any:
-        return model(*args[: len(inputs.args)], **dict(zip(inputs.kwargs, args[len(inputs.args) :], strict=True)))
+        return model(
+            *args[: len(inputs.args)], **dict(zip(inputs.kwargs, args[len(inputs.args) :], strict=True))
+        )
 
     forward._orig_mod = model  # type: ignore[attr-defined]  # says whose modules the calls belong to
     with quiet(), _record_calls(model) as recorded, torch.no_grad():
-        traced = make_fx(forward, pre_dispatch=True, record_module_stack=True)(*inputs.args, *inputs.kwargs.values())
+        traced = make_fx(forward, pre_dispatch=True, record_module_stack=True)(
+            *inputs.args, *inputs.kwargs.values()
+        )
     tensors: dict[Node, tuple[str, Tensor]] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" and isinstance(value := getattr(traced, node.target), Tensor):
@@ -267,7 +271,7 @@ def _record_calls(model: nn.Module) -> Iterator[dict[str, list[tuple[Any, Any, A
             recorded.setdefault(path, []).append((args, kwargs, output))
 
     by_dict = {id(module.__dict__.get("_parameters")): path for path, module in model.named_modules()}
-    handle = nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)  # type: ignore[call-arg]
+    handle = nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
     try:
         yield recorded
     finally:
@@ -307,8 +311,8 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def nodes_of(value: object) -> list[Node]:
+def nodes_of(value: Any) -> list[Node]:
     """All graph nodes inside an argument, in order."""
     found: list[Node] = []
-    map_arg(value, found.append)  # type: ignore[arg-type]
+    map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
     return found

@@ -40,9 +40,7 @@ class Constants:
                         data.update(_memory_of(sources[0]))
                         changed = True
         self._data = data
-        self._mutable = [
-            node for node, call in evidence.calls.items() if call.mutates and node not in data
-        ]
+        self._mutable = [node for node, call in evidence.calls.items() if call.mutates and node not in data]
 
     def __contains__(self, node: object) -> bool:
         return isinstance(node, Node) and node not in self._data
@@ -114,10 +112,11 @@ def run_call(node: Node, lookup: Any) -> Any:
     args = tuple(plain(a) for a in node.args)
     kwargs = {key: plain(value) for key, value in node.kwargs.items()}
     schema = getattr(node.target, "_schema", None)
-    if schema is not None and "dtype" in {a.name for a in schema.arguments} and not node.all_input_nodes:
-        # A factory without a dtype would follow the global default and make float32 constants.
-        if kwargs.get("dtype") is None and node.meta["val"].dtype.is_floating_point:
-            kwargs["dtype"] = torch.float64
+    factory = (
+        schema is not None and "dtype" in {a.name for a in schema.arguments} and not node.all_input_nodes
+    )
+    if factory and kwargs.get("dtype") is None and node.meta["val"].dtype.is_floating_point:
+        kwargs["dtype"] = torch.float64  # or it would follow the global default and be float32
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -160,8 +159,34 @@ def view_of(node: Node) -> Node | None:
 
 # Composite operators that return their input or a view of it without saying so in their schema.
 MAY_ALIAS = frozenset(
-    "contiguous reshape flatten to type_as dropout feature_dropout alpha_dropout feature_alpha_dropout "
-    "unflatten chunk split tensor_split unbind movedim swapaxes moveaxis expand_as view_as float double "
-    "half squeeze unsqueeze narrow pad broadcast_to _to_copy".split()
+    [
+        "contiguous",
+        "reshape",
+        "flatten",
+        "to",
+        "type_as",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "unflatten",
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "movedim",
+        "swapaxes",
+        "moveaxis",
+        "expand_as",
+        "view_as",
+        "float",
+        "double",
+        "half",
+        "squeeze",
+        "unsqueeze",
+        "narrow",
+        "pad",
+        "broadcast_to",
+        "_to_copy",
+    ]
 )
-

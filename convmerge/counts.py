@@ -1,4 +1,4 @@
-"""A model in figures: operator calls by kind, multiply-accumulates and parameters, counted in one forward pass."""
+"""A model in figures, counted in one forward pass: operator calls by kind, MACs, parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ KINDS = {
     **{f"{mode}_pool{n}d": f"{mode}_pool" for mode in ("avg", "max", "adaptive_avg") for n in (1, 2, 3)},
     **{f"{dunder}{name}__": name for name in ("add", "sub", "mul") for dunder in ("__", "__i", "__r")},
     **{name: name.rstrip("_") for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")},
-    **{name: name for name in ("linear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "matmul")},
+    **{
+        name: name for name in ("linear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "matmul")
+    },
     **{name: name for name in ("interpolate", "pixel_shuffle", "pixel_unshuffle", "cat", "pad", "einsum")},
     "__truediv__": "div",
     "__matmul__": "matmul",

@@ -1,4 +1,4 @@
-"""From a captured model to a list of decisions: what merges, how it is written back, what does not merge and why."""
+"""From a captured model to decisions: what merges, how it is written back, what does not merge and why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.fx.node import Node
 
 from convmerge.capture import Evidence
 from convmerge.constants import Constants
+from convmerge.cost import Objective
 from convmerge.errors import Refusal
 from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
 from convmerge.plan import ChainPlan, Denial, Planner, Site
 from convmerge.recognise import Context
 from convmerge.regions import Chain, Element, Regions, calls_of, find_regions
 from convmerge.retrace import Trace, cut, retrace
-
 
 # How much of a model's MACs one merge may add where it is predicted to be faster all the same.
 SPARE_MACS = 0.001
@@ -56,7 +56,7 @@ class Decider:
     model: nn.Module
     scratch: nn.Module
     evidence: Evidence
-    objective: str = "latency"
+    objective: Objective = "latency"
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
     _forbidden: dict[tuple[Node, Node], str] = field(default_factory=dict)

@@ -52,12 +52,14 @@ def axis_of(elements: Sequence[Element]) -> int | None:
                 return step.axis if back is None else back.get(step.axis)
             if isinstance(step, Passage):
                 forward = step.axis_map
-                back = {forward[a]: (a if back is None else back[a]) for a in forward if back is None or a in back}
+                back = {
+                    forward[a]: (a if back is None else back[a]) for a in forward if back is None or a in back
+                }
     return None
 
 
 def axes_along(elements: Sequence[Element]) -> list[int | None]:
-    """The channel axis at the source of every element, followed through the passages; None where it is lost."""
+    """The channel axis at the source of every element, followed through passages; None where it is lost."""
     axis = axis_of(elements)
     found: list[int | None] = []
     for element in elements:

@@ -97,5 +97,3 @@ def _like(decider: Decider, site: Site) -> Tensor:
                     if tensor.dtype == dtype:
                         return tensor
     return torch.empty(0, dtype=dtype)
-
-

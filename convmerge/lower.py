@@ -16,8 +16,8 @@ from torch.fx.node import Node
 from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
 from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
-from convmerge.regions import CHECKS, Element, blocks, calls_of, leaves
 from convmerge.recognise import Same
+from convmerge.regions import CHECKS, Element, blocks, calls_of, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Frames:
         return stack[: stack.index(frame)]
 
     def unit_of(self, node: Node) -> Frame:
-        """The module call whose code made a call; a wider one if all it adds is the computation of weights."""
+        """The module call whose code made a call; a wider one if all it adds is computing weights."""
         *outer, unit = self.call(node).stack
         for frame in reversed(outer):
             if self.data[frame] != self.data[unit]:
@@ -121,8 +121,12 @@ def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -
 
 
 def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
-    """The new layer reads its input at another time than some of the old ones: nothing may write in between."""
-    writes = [(memory_root(nodes_of(c.args)[0]), c) for c in evidence.calls.values() if c.mutates and nodes_of(c.args)]
+    """The new layer reads its input at another time than some old ones: nothing may write in between."""
+    writes = [
+        (memory_root(nodes_of(c.args)[0]), c)
+        for c in evidence.calls.values()
+        if c.mutates and nodes_of(c.args)
+    ]
     if not writes:
         return
     for run in runs:
@@ -197,7 +201,11 @@ def _is_data(frames: Frames, node: Node) -> bool:
 def _result(frames: Frames, unit: Frame) -> Node:
     """The one value that a module call gives to the outside."""
     inside = frames.data[unit]
-    given = [n for n in inside if n in frames.evidence.outputs or any(u not in inside and _reads(frames, u) for u in n.users)]
+    given = [
+        n
+        for n in inside
+        if n in frames.evidence.outputs or any(u not in inside and _reads(frames, u) for u in n.users)
+    ]
     if len(given) != 1 or not is_tensor(given[0]):
         raise Refusal(f"a value inside {unit.path or 'the model'} is read elsewhere too")
     return given[0]
@@ -228,7 +236,11 @@ WEIGHT_HOOKS = frozenset({"WeightNorm", "SpectralNorm", "BasePruningMethod"})
 def _check_module(model: nn.Module, path: str) -> None:
     """Site conditions on a module that is to be replaced."""
     for name, module in model.get_submodule(path).named_modules():
-        hooks = [*module._forward_hooks.values(), *module._backward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks = [
+            *module._forward_hooks.values(),
+            *module._backward_hooks.values(),
+            *module._forward_pre_hooks.values(),
+        ]
         for hook in hooks:
             if not WEIGHT_HOOKS & {cls.__name__ for cls in type(hook).__mro__}:
                 where = f"{path}.{name}".strip(".")

@@ -6,18 +6,19 @@ O(n²) intervals. A block (a sum of branches) is an element whose own best plan 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
+from convmerge.algebra import lift, lift_geometry
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence, is_tensor
 from convmerge.cost import ZERO, Cost, Objective, cheapest, operator_cost
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
-from convmerge.algebra import lift, lift_geometry
 from convmerge.fold import Place, axes_along, fold_geometry, fold_numbers, place_of
 from convmerge.lower import Frames, Run
 from convmerge.recognise import Filter, Passage, Same, Scalar
@@ -131,10 +132,10 @@ class Planner:
         parts: list[_Part] = []
         at = len(chain)
         while at > 0:
-            part = best[at][1]
-            assert part is not None  # every element can stay as it is
-            parts.append(part)
-            at = part.first
+            last = best[at][1]
+            assert last is not None  # every element can stay as it is
+            parts.append(last)
+            at = last.first
         return parts[::-1]
 
     def _parts_from(self, chain: Chain, first: int) -> list[_Part]:
@@ -258,7 +259,7 @@ class Planner:
                 for branch in element.branches:
                     denials.extend(self.plan(branch).denials)
         solid = [p for p in parts if not _is_filler(chain[p.first]) or p.site is not None]
-        for left, right in zip(solid, solid[1:], strict=False):
+        for left, right in itertools.pairwise(solid):
             denials.append(self._denial(chain[left.first : right.last + 1]))
         return denials
 
@@ -279,9 +280,7 @@ class Planner:
         return Denial(elements, place, "costs more as one operator", before, site.after)
 
 
-def run_geometries(
-    evidence: Evidence, elements: Chain, runs: Sequence[Run]
-) -> list[tuple[Place, Geometry]]:
+def run_geometries(evidence: Evidence, elements: Chain, runs: Sequence[Run]) -> list[tuple[Place, Geometry]]:
     """Where each run stands, and its geometry there. Raises Refusal."""
     axes = dict(zip(map(id, elements), axes_along(elements), strict=True))
     found = []
@@ -354,7 +353,9 @@ def _smallest(geometries: Sequence[tuple[Place, Geometry]]) -> int:
 def _check_place(geometry: Geometry, place: Place) -> None:
     """The layers of torch.nn take channels on axis 1 (0 without a batch), or on the last axis."""
     rank = len(place.shape)
-    if geometry.spatial and (place.axis > 1 or geometry.spatial > 3 or rank - place.axis - 1 != geometry.spatial):
+    if geometry.spatial and (
+        place.axis > 1 or geometry.spatial > 3 or rank - place.axis - 1 != geometry.spatial
+    ):
         raise Refusal("no layer of torch.nn takes channels on this axis")
     if geometry.spatial == 0 and place.axis != rank - 1:
         raise Refusal("no layer of torch.nn takes channels on this axis")

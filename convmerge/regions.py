@@ -174,7 +174,7 @@ class _Reduction:
             terms = [_Term(before.origin, (*before.elements, block)), *rest]
 
     def _flat(self, branches: list[Chain]) -> tuple[tuple[Chain, ...], list[Node]]:
-        """A branch that is itself nothing but a block counts as that block's branches; its sums come along."""
+        """A branch that is nothing but a block counts as that block's branches; its sums come along."""
         flat: list[Chain] = []
         sums: list[Node] = []
         for branch in branches:

@@ -17,9 +17,10 @@ from convmerge.plan import Site
 from convmerge.recognise import Passage, Same
 from convmerge.regions import Block, Element, Leaf, calls_of, leaves
 
-
 # Operators that export writes the example's sizes into.
-RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand".split())
+RESHAPES = frozenset(
+    ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"]
+)
 
 
 class Replay:
@@ -74,7 +75,7 @@ class Replay:
         return total
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Two small canvases on which every tap meets input, odd and even; the example's where sizes are fixed."""
+        """Two small canvases where every tap meets input, odd and even; the example's if sizes are fixed."""
         g, place = self._site.geometry, self._site.place
         if any(self._evidence.calls[leaf.node].op in RESHAPES for leaf in leaves(self._site.elements)):
             return [place.shape]
@@ -82,7 +83,10 @@ class Replay:
         if len(place.size) != g.spatial:
             return [(*lead, *place.shape[place.axis :])]
         need = [_canvas(*dim) for dim in zip(g.kernel, g.dilation, g.lo, g.hi, g.up, strict=True)]
-        small = [tuple(n + i % 2 for i, n in enumerate(need)), tuple(n + 2 - i % 2 for i, n in enumerate(need))]
+        small = [
+            tuple(n + i % 2 for i, n in enumerate(need)),
+            tuple(n + 2 - i % 2 for i, n in enumerate(need)),
+        ]
         return [(*lead, place.channels, *size) for size in dict.fromkeys(small)]
 
     def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
@@ -130,5 +134,3 @@ def apply_at(form: Affine, x: Tensor, axis: int) -> Tensor:
     lead, rest = x.shape[:axis], x.shape[axis:]
     y = form(x.reshape(-1, *rest))
     return y.reshape(*lead, *y.shape[1:])
-
-

@@ -67,7 +67,7 @@ class Comparison:
         inputs: the shapes compared on, e.g. ``1×3×224×224``.
         difference: max |a - b| over all outputs, in the models' own dtype.
         relative: ``difference`` over max |a|.
-        difference64: max |a - b| with both models and inputs in float64, or None if they do not run in float64.
+        difference64: max |a - b| with both models and inputs in float64; None if they do not run in it.
         relative64: ``difference64`` over max |a|.
         error_ratio: (b's error against a in float64) / (a's own rounding error against a in float64).
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -110,10 +110,11 @@ class _Step(nn.Module):
         object.__setattr__(self, "owner_ref", [owner])
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node, owner = self.node, self.owner_ref[0]  # type: ignore[index]
+        node = self.node
+        owner: nn.Module = cast(Any, self.owner_ref)[0]
         assert isinstance(node.target, str) or callable(node.target)
         if node.op == "call_module":
-            return owner.get_submodule(node.target)(*args, **kwargs)
+            return owner.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
@@ -126,14 +127,19 @@ class _Stepwise(nn.Module):
         super().__init__()
         self.owner = owner
         self.graph = graph
-        self.steps = nn.ModuleList(_Step(n, owner) for n in graph.nodes if n.op not in ("placeholder", "output"))
+        self.steps = nn.ModuleList(
+            _Step(n, owner) for n in graph.nodes if n.op not in ("placeholder", "output")
+        )
 
     def forward(self, *inputs: Any) -> Any:
         values: dict[Node, Any] = {}
         remaining, steps = iter(inputs), iter(self.steps)
         result = None
+
+        def look_up(value: Any) -> Any:
+            return map_arg(value, values.__getitem__)
+
         for node in self.graph.nodes:
-            look_up = lambda value: map_arg(value, values.__getitem__)  # noqa: E731
             if node.op == "placeholder":
                 values[node] = next(remaining)
             elif node.op == "output":
@@ -150,9 +156,9 @@ def _export_stepwise(
     bound.apply_defaults()
     inputs: list[Any] = []
     for name, parameter in inspect.signature(module.forward).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if bound.arguments.get(name):
-                raise ValueError("it takes any number of arguments")
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if variadic and bound.arguments.get(name):
+            raise ValueError("it takes any number of arguments")
         inputs.append(bound.arguments.get(name))
     with quiet(), torch.no_grad():
         program = torch.export.export(_Stepwise(module, graph), tuple(inputs), strict=False)
@@ -195,7 +201,9 @@ def same_calls(left: Sequence[Node], right: Sequence[Node]) -> bool:
     back: dict[Node, Node] = {}
     made_here = set(left)
     for a, b in zip(left, right, strict=True):
-        if not _same_operator(a, b, made_here) or not _same_value((a.args, a.kwargs), (b.args, b.kwargs), matched, back):
+        if not _same_operator(a, b, made_here) or not _same_value(
+            (a.args, a.kwargs), (b.args, b.kwargs), matched, back
+        ):
             return False
         matched[a], back[b] = b, a
     return True
@@ -246,7 +254,9 @@ def cut(trace: Trace, positions: Sequence[int]) -> Cut:
         if node in inside and position not in covered and position not in trace.constant:
             raise Refusal("one expression of the code computes part of it and something else")
     silent = _silent(trace)
-    handing = {node for node in silent if node.op == "call_module"}  # a function may pick one of several values
+    handing = {
+        node for node in silent if node.op == "call_module"
+    }  # a function may pick one of several values
     inside |= _between(trace.graph, inside, handing)
     inside |= _checks(trace.graph, inside, silent)
     nodes = tuple(node for node in trace.graph.nodes if node in inside)

@@ -15,6 +15,7 @@ from torch.fx.node import Node
 
 from convmerge.lower import GraphEdit, UnitEdit
 from convmerge.retrace import Cut, Trace, carries_data, cut
+from convmerge.sequential import as_sequential
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Replacement:
 
 
 def apply(model: nn.Module, replacements: Sequence[Replacement], traces: Mapping[str, Trace]) -> nn.Module:
-    """Put every replacement into ``model``, which is changed and returned (a new root if the root itself is replaced).
+    """Put every replacement into ``model``, which is changed, and return it, or what its root became.
 
     Args:
         model: a copy of the caller's model.
@@ -88,7 +89,7 @@ def _apply_units(tree: _Tree, edit: UnitEdit, layer: nn.Module) -> None:
 
 
 def _like(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give a new module the plain attributes that a parent may read off the old one, and its train/eval flag."""
+    """Give a new module the plain attributes that a parent may read off the old one, and its train flag."""
     for name, value in vars(old).items():
         if not name.startswith("_") and name != "training" and not hasattr(new, name) and _is_plain(value):
             setattr(new, name, value)
@@ -121,9 +122,11 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         _replace(graph, home, copies, name)
     _drop_dead(graph, owner)
     graph.lint()
+    if (chain := as_sequential(owner, graph)) is not None:
+        return _like(chain, owner)
     module = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
     module.graph._tracer_cls = fx.Tracer  # a tracer of our own class would make the file need convmerge
-    module._tracer_cls = fx.Tracer  # type: ignore[assignment]
+    module._tracer_cls = fx.Tracer
     return _like(module, owner)
 
 
@@ -153,15 +156,17 @@ def _is_identity(owner: nn.Module, node: Node) -> bool:
 
 
 def _place_name(owner: nn.Module, trace: Trace, home: Cut, index: int, taken: set[str]) -> str:
-    """The name of the first weighted submodule that vanishes, so that the new layer stands where it stood."""
+    """The name of the submodule with the most weights that vanishes: the new layer stands where it stood."""
+    sizes: dict[str, int] = {}
     for node in home.nodes:
         name = str(node.target)
-        if node.op != "call_module" or not list(owner.get_submodule(name).parameters()):
-            continue
         calls = sum(n.op == "call_module" and n.target == name for n in trace.graph.nodes)
-        if calls == 1 and name not in taken:
-            taken.add(name)
-            return name
+        if node.op == "call_module" and calls == 1 and name not in taken:
+            sizes[name] = sum(p.numel() for p in owner.get_submodule(name).parameters())
+    if any(sizes.values()):
+        name = max(sizes, key=lambda n: sizes[n])
+        taken.add(name)
+        return name
     name = f"merged_{index}"
     while hasattr(owner, name):
         name += "_"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from convmerge.affine import Geometry
 from convmerge.cost import Cost
 from convmerge.decide import Decider, Decisions, site_paths
-from convmerge.fold import geometry_of, place_of
 from convmerge.errors import Refusal
+from convmerge.fold import geometry_of, place_of
 from convmerge.layers import Built
 from convmerge.plan import Denial, Site
 from convmerge.recognise import Filter, Passage, Same, Scalar
@@ -45,7 +46,9 @@ def _when(decider: Decider, elements: Sequence[Element]) -> int:
     return min(decider.evidence.calls[node].index for node in calls_of(elements))
 
 
-def _merge_row(decider: Decider, site: Site, built: Built | None, refusal: str | None, static: bool) -> SiteReport:
+def _merge_row(
+    decider: Decider, site: Site, built: Built | None, refusal: str | None, static: bool
+) -> SiteReport:
     found = built.probe if built is not None else None
     return SiteReport(
         place=_place(decider, site.elements),
@@ -64,7 +67,7 @@ def _merge_row(decider: Decider, site: Site, built: Built | None, refusal: str |
 def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
     keep = denial.after is not None and denial.before is not None
     reason = denial.reason
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     if denial.before is not None and denial.after is not None:
         reason = f"{reason}: {_comparison(denial.before, denial.after)}"
         figures = _figures(denial.before, denial.after)
@@ -75,7 +78,7 @@ def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
         action="keep" if keep else "refuse",
         reason=reason,
         tree=_tree(denial.elements),
-        **figures,  # type: ignore[arg-type]
+        **figures,
     )
 
 
@@ -91,7 +94,7 @@ def _ratio(after: float, before: float) -> str:
     return f"{after / before:.2f}×" if before else "more than"
 
 
-def _figures(before: Cost, after: Cost) -> dict[str, float]:
+def _figures(before: Cost, after: Cost) -> dict[str, Any]:
     return {
         "macs_before": before.macs,
         "macs_after": after.macs,
@@ -104,7 +107,9 @@ def _figures(before: Cost, after: Cost) -> dict[str, float]:
 
 def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteReport]]:
     """Known operators that are no affine form here, where one stands next to them."""
-    filters = {leaf.node for chain in regions.chains for leaf in leaves(chain) if isinstance(leaf.step, Filter)}
+    filters = {
+        leaf.node for chain in regions.chains for leaf in leaves(chain) if isinstance(leaf.step, Filter)
+    }
     rows = []
     for node, reason in regions.refused.items():
         call = decider.evidence.calls[node]
@@ -171,7 +176,10 @@ def describe_geometry(g: Geometry) -> str:
     words += [
         f"{name} {'×'.join(map(str, dims)) if len(set(dims)) > 1 else dims[0]}"
         for name, dims, default in (
-            ("up", g.up, 1), ("stride", g.down, 1), ("dilation", g.dilation, 1), ("padding", g.lo, 0),
+            ("up", g.up, 1),
+            ("stride", g.down, 1),
+            ("dilation", g.dilation, 1),
+            ("padding", g.lo, 0),
         )
         if any(d != default for d in dims)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 from torch import fx, nn
 
@@ -42,7 +43,7 @@ class StaticProofs:
         calls = [n for n in graph.nodes if n.op == "call_module" and n.target in names]
         if sorted(str(n.target) for n in calls) != sorted(names):
             return False
-        return all(_leads_to(first, second) for first, second in zip(calls, calls[1:], strict=False))
+        return all(_leads_to(first, second) for first, second in itertools.pairwise(calls))
 
     def _trace(self, path: str) -> fx.Graph | None:
         if path not in self._traces:

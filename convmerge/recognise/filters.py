@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from convmerge.recognise.steps import Context, Filter, Passage, Step, recognises
 
 def _dims(value: object, n: int) -> Dims:
     """An int or a list of ints as one int per spatial dimension."""
-    values = list(value) if isinstance(value, Sequence) else [value]
+    values: list[Any] = list(value) if isinstance(value, Sequence) else [value]
     return tuple(int(v) for v in (values * n if len(values) == 1 else values))
 
 
@@ -58,7 +59,15 @@ def conv(context: Context, call: Call) -> Step | None:
         lo = hi = (0,) * n if padding == "valid" else _dims(padding, n)
     bias = call.args["bias"]
     geometry = Geometry(
-        shape[1] * groups, shape[0], groups, kernel, (1,) * n, _dims(call.args["stride"], n), dilation, lo, hi,
+        shape[1] * groups,
+        shape[0],
+        groups,
+        kernel,
+        (1,) * n,
+        _dims(call.args["stride"], n),
+        dilation,
+        lo,
+        hi,
         bias is not None,
     )
 
@@ -85,7 +94,15 @@ def conv_transpose(context: Context, call: Call) -> Step | None:
     lo = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
     hi = tuple(at + e for at, e in zip(lo, extra, strict=True))
     geometry = Geometry(
-        shape[0], shape[1] * groups, groups, kernel, _dims(call.args["stride"], n), (1,) * n, dilation, lo, hi,
+        shape[0],
+        shape[1] * groups,
+        groups,
+        kernel,
+        _dims(call.args["stride"], n),
+        (1,) * n,
+        dilation,
+        lo,
+        hi,
         bias is not None,
     )
 
@@ -95,7 +112,9 @@ def conv_transpose(context: Context, call: Call) -> Step | None:
         weight = weight.reshape(groups * shape[1], shape[0] // groups, *kernel).flip(list(range(2, 2 + n)))
         return Affine(geometry, weight, None if bias is None else context.tensor(bias))
 
-    return Filter(source, len(context.shape(source)) - n - 1, geometry, numbers, _words("conv_transpose", kernel))
+    return Filter(
+        source, len(context.shape(source)) - n - 1, geometry, numbers, _words("conv_transpose", kernel)
+    )
 
 
 def _linear(context: Context, source: Node, weight: Node, bias: object, *, swapped: bool) -> Filter:

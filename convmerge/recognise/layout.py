@@ -16,7 +16,7 @@ LAST = 2**31
 
 def _source(context: Context, call: Call) -> Node | None:
     source = next(iter(call.args.values()), None)
-    return source if is_tensor(source) and not context.constant(source) else None  # type: ignore[return-value]
+    return source if is_tensor(source) and not context.constant(source) else None
 
 
 @recognises("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
@@ -49,7 +49,16 @@ def cast(context: Context, call: Call) -> Step | None:
 
 
 @recognises(
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "view_as", "reshape_as"
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "view_as",
+    "reshape_as",
 )
 def reshape(context: Context, call: Call) -> Step | None:
     """A reshape keeps a channel axis if the sizes before it, at it and after it are unchanged."""

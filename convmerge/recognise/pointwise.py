@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.node import Node
@@ -34,12 +35,12 @@ def batch_norm(context: Context, call: Call) -> Step | None:
         raise Refusal("the parameters of this batch norm depend on an input")
 
     def scale() -> Tensor:
-        factor = (context.tensor(args["running_var"]) + args["eps"]).rsqrt()
-        return factor if args["weight"] is None else factor * context.tensor(args["weight"])
+        factor: Tensor = (context.tensor(args["running_var"]) + args["eps"]).rsqrt()
+        return factor * context.tensor(1 if args["weight"] is None else args["weight"])
 
     def shift() -> Tensor:
-        moved = -context.tensor(args["running_mean"]) * scale()
-        return moved if args["bias"] is None else moved + context.tensor(args["bias"])
+        moved: Tensor = -context.tensor(args["running_mean"]) * scale()
+        return moved + context.tensor(0 if args["bias"] is None else args["bias"])
 
     return channelwise_filter(source, 1, context.shape(source), scale, shift, "batch_norm")
 
@@ -50,7 +51,7 @@ def _channel_axis(context: Context, source: Node, other: object) -> int | None:
     Raises Refusal where it varies along several axes or makes the result larger than ``source``.
     """
     shape, constant = context.shape(source), context.shape(other)
-    if torch.broadcast_shapes(shape, constant) != torch.Size(shape):
+    if np.broadcast_shapes(shape, constant) != shape:
         raise Refusal("a constant broadcasts the tensor to a larger shape")
     offset = len(shape) - len(constant)
     varying = [offset + axis for axis, size in enumerate(constant) if size != 1]
@@ -60,8 +61,13 @@ def _channel_axis(context: Context, source: Node, other: object) -> int | None:
 
 
 def _with_constant(
-    context: Context, source: Node, other: object, kind: str,
-    scale: Callable[[Tensor], Tensor] | None, shift: Callable[[Tensor], Tensor] | None, factor: float = 1.0,
+    context: Context,
+    source: Node,
+    other: object,
+    kind: str,
+    scale: Callable[[Tensor], Tensor] | None,
+    shift: Callable[[Tensor], Tensor] | None,
+    factor: float = 1.0,
 ) -> Step:
     """scale(c) * x + shift(c) for a constant c, or factor * x + shift(c)."""
     axis = _channel_axis(context, source, other)
@@ -80,7 +86,11 @@ def _floating(context: Context, call: Call) -> bool:
     """Whether the call keeps the floating dtype of its tensor arguments."""
     dtype = context.evidence.dtype(call.node) if is_tensor(call.node) else None
     tensors = [a for a in call.args.values() if is_tensor(a) and not context.constant(a)]
-    return dtype is not None and dtype.is_floating_point and all(context.evidence.dtype(a) == dtype for a in tensors)
+    return (
+        dtype is not None
+        and dtype.is_floating_point
+        and all(context.evidence.dtype(a) == dtype for a in tensors)
+    )
 
 
 @recognises("add", "sub", "rsub")
@@ -122,5 +132,3 @@ def neg(context: Context, call: Call) -> Step | None:
     """-x."""
     source = call.args["self"]
     return None if context.constant(source) else Scalar(source, -1.0, 0.0, "neg")
-
-

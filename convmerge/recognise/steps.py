@@ -97,7 +97,7 @@ class Context:
 
     def constant(self, value: object) -> bool:
         """Whether an argument is absent, a number, or a value that does not depend on the model's inputs."""
-        return value is None or isinstance(value, bool | int | float) or value in self.constants  # type: ignore[operator]
+        return value is None or isinstance(value, bool | int | float) or value in self.constants
 
     def tensor(self, value: object) -> Tensor:
         """A constant argument as a float64 tensor."""
@@ -112,8 +112,12 @@ class Context:
 
 
 def channelwise_filter(
-    source: Node, axis: int, shape: tuple[int, ...], scale: Callable[[], Tensor] | None,
-    shift: Callable[[], Tensor] | None, kind: str,
+    source: Node,
+    axis: int,
+    shape: tuple[int, ...],
+    scale: Callable[[], Tensor] | None,
+    shift: Callable[[], Tensor] | None,
+    kind: str,
 ) -> Filter:
     """scale[c] * x + shift[c] with one number per channel on ``axis`` of a tensor of ``shape``."""
     channels, spatial = shape[axis], len(shape) - axis - 1
