@@ -121,8 +121,10 @@ class _Reduction:
             return
         if step is None:
             self.unknown.append(call)
-        else:
-            self.steps[node] = step
+            return
+        self.steps[node] = step
+        if isinstance(step, Sum) and step.via:
+            self.unknown = [other for other in self.unknown if other.node not in step.via]
 
     def _count_uses(self) -> Counter[Node]:
         uses: Counter[Node] = Counter()
@@ -142,7 +144,7 @@ class _Reduction:
 
     def _reduce_sum(self, node: Node, step: Sum) -> None:
         terms: list[_Term] = []
-        sums: tuple[Node, ...] = (node,)
+        sums: tuple[Node, ...] = (*step.via, node)
         for value, factor in step.terms:
             inner, inner_sums = self.open_sums.get(value, ([], ()))
             if inner and self.uses[value] == 1:

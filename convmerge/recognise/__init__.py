@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convmerge.capture import Call
-from convmerge.recognise import filters, layout, pointwise  # noqa: F401  (importing registers)
+from convmerge.recognise import filters, layout, pointwise, stacked  # noqa: F401  (importing registers)
 from convmerge.recognise.steps import (
     RECOGNISERS,
     Context,

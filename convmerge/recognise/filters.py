@@ -13,6 +13,7 @@ from torch.fx.node import Node
 from convmerge.affine import Affine, Dims, Geometry
 from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.recognise.stacked import sum_of_stack
 from convmerge.recognise.steps import Context, Filter, Passage, Step, recognises
 
 
@@ -203,7 +204,9 @@ def adaptive_avg_pool(context: Context, call: Call) -> Step | None:
 
 @recognises("mean")
 def mean(context: Context, call: Call) -> Step | None:
-    """A mean over axes other than the channels' keeps every pointwise form."""
+    """A mean over axes other than the channels' keeps every pointwise form; over a stack's it is a sum."""
+    if (summed := sum_of_stack(context, call)) is not None:
+        return summed
     source = _source(context, call.args["self"])
     dims = call.args.get("dim")
     if source is None or not dims or call.args.get("dtype") not in (None, context.evidence.dtype(source)):

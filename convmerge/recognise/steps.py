@@ -46,9 +46,10 @@ class Scalar:
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """target = sum of factor_i * term_i over tensors of one shape."""
+    """target = sum of factor_i * term_i over tensors of one shape; ``via`` are calls that only collect them."""
 
     terms: tuple[tuple[Node, float], ...]
+    via: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,33 @@
+"""Sums written as ``torch.stack(values).sum(dim)`` or ``.mean(dim)``."""
+
+from __future__ import annotations
+
+from torch.fx.node import Node
+
+from convmerge.capture import Call
+from convmerge.recognise.steps import Context, Step, Sum, recognises
+
+
+def sum_of_stack(context: Context, call: Call) -> Sum | None:
+    """A sum or a mean over the axis that stacking made is a sum of what was stacked; None for any other."""
+    stack, dims = call.args["self"], call.args.get("dim")
+    made = context.evidence.calls.get(stack) if isinstance(stack, Node) else None
+    if made is None or made.op != "stack" or len(made.node.users) != 1 or call.args["keepdim"]:
+        return None
+    dtype, rank = context.evidence.dtype(made.node), len(context.shape(made.node))
+    if not dtype.is_floating_point or call.args.get("dtype") not in (None, dtype):
+        return None
+    values = made.args["tensors"]
+    over = {int(d) % rank for d in dims or range(rank)}
+    if over != {made.args["dim"] % rank} or any(context.constant(value) for value in values):
+        return None
+    if any(context.evidence.dtype(value) != dtype for value in values):
+        return None
+    factor = 1.0 / len(values) if call.op == "mean" else 1.0
+    return Sum(tuple((value, factor) for value in values), via=(made.node,))
+
+
+@recognises("sum")
+def total(context: Context, call: Call) -> Step | None:
+    """A sum over the axis of a stack."""
+    return None if "dim" not in call.args else sum_of_stack(context, call)
