@@ -111,6 +111,7 @@ def test_ones_in_every_dimension(spatial: int, groups: int) -> None:
         layers = build(form, emission, torch.float64)
         x = draw.input(4, (3, 4, 2)[:spatial])
         assert torch.equal(layers(x), outer(inner(x))), str(emission)
+        assert torch.equal(layers(x[0]), layers(x)[0])
         assert {type(m).__module__.partition(".nn.")[0] for m in layers.modules()} == {"torch"}
 
 

@@ -123,7 +123,9 @@ def _append_ones(g: Geometry) -> nn.Module:
     pad = kind((0, 0) * g.spatial + (0, 1), 1.0)
     if g.groups == 1:
         return cast(nn.Module, pad)
-    return nn.Sequential(nn.Unflatten(1, (g.groups, g.in_channels // g.groups)), pad, nn.Flatten(1, 2))
+    channels = -g.spatial - 1  # counted from the end, so that inputs without a batch work as well
+    by_group = nn.Unflatten(channels, (g.groups, g.in_channels // g.groups))
+    return nn.Sequential(by_group, pad, nn.Flatten(channels - 1, channels))
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,16 +137,16 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         Refusal: a finite value overflows.
     """
-    rounded = values.to(dtype)
+    rounded = values.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if torch.finfo(dtype).bits < 32:
         single = values.float()
         outwards = torch.where(values > single, math.inf, -math.inf).float()
         other = torch.nextafter(single, outwards).to(dtype)
         nearer = (other.double() - values).abs() < (rounded.double() - values).abs()
         rounded = torch.where(nearer, other, rounded)
-    if not torch.equal(rounded.isfinite(), values.isfinite()):
+    if not (rounded.isfinite() | ~values.isfinite()).all():
         raise Refusal(f"a merged weight is too large for {str(dtype).removeprefix('torch.')}")
-    return rounded.clone(memory_format=torch.contiguous_format)
+    return rounded
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
