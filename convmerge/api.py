@@ -129,7 +129,7 @@ def fuse(
     run = _Run(model, as_inputs(example_inputs), "fuse", objective, only, skip, progress or _silent)
     decider, decisions = run.decide()
     with run.stage("merge"):
-        built = build(decider, decisions, seed, run.progress)
+        decisions, built = _build(decider, decisions, seed, run.progress)
     chosen = [b for b in built if b.refusal is None]
     with run.stage("rewrite"):
         fused = _apply(model, decisions, chosen)
@@ -143,6 +143,19 @@ def fuse(
         before, after = count(model, run.inputs), count(fused, run.inputs)
     report = run.report(decider, decisions, built, before=before, after=after, verification=verification)
     return Result(fused, report)
+
+
+def _build(
+    decider: Decider, decisions: Decisions, seed: int, progress: Progress
+) -> tuple[Decisions, list[Built]]:
+    """Build every merge; plan again, with smaller merges perhaps, without those that fail their own check."""
+    built = build(decider, decisions, seed, progress)
+    if failed := [b for b in built if b.refusal is not None]:
+        for b in failed:
+            decider.forbid(b.decision.site, b.refusal or "")
+        decisions = decider.decide(progress)
+        built = build(decider, decisions, seed, progress)
+    return decisions, built
 
 
 def _apply(model: nn.Module, decisions: Decisions, built: Sequence[Built]) -> nn.Module:

@@ -93,6 +93,10 @@ class Decider:
         denials = [denial for index in sorted(plans) for denial in plans[index].denials]
         return Decisions(_grouped(sites, edits), tuple(denials), traces, regions)
 
+    def forbid(self, site: Site, reason: str) -> None:
+        """Plan without this site from the next :meth:`decide` on."""
+        self._forbidden[site.ends] = reason
+
     def _allowed(self, elements: Sequence[Element]) -> bool:
         paths = site_paths(self.evidence, elements)
         wanted = not self.only or any(_matches(path, self.only) for path in paths)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import add, add_geometry
+from convmerge.algebra import add, add_geometry, lift, lift_geometry
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence
 from convmerge.errors import Refusal
@@ -36,10 +38,7 @@ class Place:
     @property
     def batch(self) -> int:
         """Number of independent positions before the channels' axis."""
-        product = 1
-        for n in self.shape[: self.axis]:
-            product *= n
-        return product
+        return math.prod(self.shape[: self.axis])
 
 
 def axis_of(elements: Sequence[Element]) -> int | None:
@@ -80,12 +79,69 @@ def geometry_of(element: Element, place: Place) -> Geometry:
     if isinstance(step, Filter):
         if step.axis != place.axis:
             raise Refusal(f"{step.kind} works on axis {step.axis}, what comes before it on axis {place.axis}")
-        return step.geometry
+        return _seen_at(step.geometry, place)
     channels = place.channels
     if isinstance(step, Passage):
         raise Refusal(f"a branch goes through {step.kind}")
     bias = isinstance(step, Scalar) and step.offset != 0
     return Geometry.channelwise(channels, channels, channels, len(place.size), bias=bias)
+
+
+def _seen_at(geometry: Geometry, place: Place) -> Geometry:
+    """What works on channels alone, after a linear layer on a flattened map, sees a map of one position."""
+    if geometry.spatial == len(place.size):
+        return geometry
+    if not geometry.pointwise or any(n != 1 for n in place.size):
+        raise Refusal("the map is laid out anew in between")
+    return lift_geometry(geometry, len(place.size))
+
+
+def covers_map(elements: Sequence[Element]) -> bool:
+    """Whether the elements hold at the example's input size only, where they end in one position."""
+    return any(isinstance(leaf.step, Filter) and leaf.step.through for leaf in leaves(elements))
+
+
+def cover_geometry(geometry: Geometry, size: Sequence[int]) -> Geometry:
+    """A filter with one output position on a map of ``size``, as a kernel of just that size."""
+    if any(n != 1 for n in geometry.out_size(size)) or math.prod(geometry.up) != 1:
+        raise Refusal("the linear layer does not cover the map")
+    one, zero = (1,) * len(size), (0,) * len(size)
+    bias = geometry.bias or geometry.ones
+    return Geometry(
+        geometry.in_channels,
+        geometry.out_channels,
+        geometry.groups,
+        tuple(size),
+        one,
+        one,
+        one,
+        zero,
+        zero,
+        bias,
+    )
+
+
+def cover(form: Affine, size: Sequence[int]) -> Affine:
+    """The numbers of :func:`cover_geometry`: taps over padding are dropped, those over ones join the bias."""
+    weight = _inside(form.weight, form.geometry, size)
+    bias = form.bias
+    if form.ones is not None:
+        ones = _inside(form.ones.unsqueeze(1), form.geometry, size).flatten(1).sum(1)
+        bias = ones if bias is None else bias + ones
+    geometry = cover_geometry(form.geometry, size)
+    return Affine(replace(geometry, bias=bias is not None), weight, bias)
+
+
+def _inside(weight: Tensor, g: Geometry, size: Sequence[int]) -> Tensor:
+    for dim, (n, kernel, dilation, lo) in enumerate(
+        zip(size, g.kernel, g.dilation, g.lo, strict=True), start=2
+    ):
+        position = torch.arange(kernel) * dilation - lo
+        kept = (position >= 0) & (position < n)
+        taps = weight.index_select(dim, kept.nonzero().flatten())
+        shape = (*weight.shape[:dim], n, *weight.shape[dim + 1 :])
+        weight = weight.new_zeros(shape).index_copy(dim, position[kept], taps)
+    return weight
 
 
 def fold_geometry(elements: Sequence[Element], place: Place) -> Geometry:
@@ -114,7 +170,8 @@ def numbers_of(element: Element, place: Place) -> Affine:
         return add([fold_numbers(branch, place) for branch in element.branches])
     step = element.step
     if isinstance(step, Filter):
-        return step.numbers()
+        form = step.numbers()
+        return form if form.geometry.spatial == len(place.size) else lift(form, len(place.size))
     geometry = geometry_of(element, place)
     factor, offset = (step.factor, step.offset) if isinstance(step, Scalar) else (1.0, 0.0)
     shape = (geometry.out_channels, 1, *geometry.kernel)

@@ -61,6 +61,8 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
             emission, _ = decider.planner.cheapest(form.geometry, site.home_place)
         exact = emit.build(form, emission, torch.float64)
         layer = emit.build(form, emission, like.dtype, device=like.device, requires_grad=like.requires_grad)
+        if len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
+            layer, exact = _flattened(layer), _flattened(exact)
         rounded_once(layer, exact)
         found = _probe(decider, site, exact, seed)
         for other in decision.also:
@@ -72,6 +74,11 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
         reason = f"differs from the original by {found.error:.1e} in float64, more than rounding explains"
         return Built(decision, layer, found, reason)
     return Built(decision, layer, found)
+
+
+def _flattened(layer: nn.Module) -> nn.Module:
+    """The layer on a map it covers, without the axes of the one position that is left."""
+    return nn.Sequential(layer, nn.Flatten(1))
 
 
 def _probe(decider: Decider, site: Site, exact: nn.Module, seed: int) -> Probe:

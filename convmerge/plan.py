@@ -7,6 +7,7 @@ O(n²) intervals. A block (a sum of branches) is an element whose own best plan 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,16 @@ from convmerge.capture import Evidence, is_tensor
 from convmerge.cost import ZERO, Cost, Objective, cheapest, operator_cost
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
-from convmerge.fold import Place, axes_along, fold_geometry, fold_numbers, place_of
+from convmerge.fold import (
+    Place,
+    axes_along,
+    cover,
+    cover_geometry,
+    covers_map,
+    fold_geometry,
+    fold_numbers,
+    place_of,
+)
 from convmerge.lower import Frames, Run
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.regions import Block, Chain, Element, Leaf, leaves
@@ -184,6 +194,8 @@ class Planner:
         geometries = run_geometries(self.evidence, elements, runs)
         home, geometry = _at_home(geometries)
         home_place = geometries[home][0]
+        if covers_map(elements):
+            geometry = cover_geometry(geometry, home_place.size)
         emission, cost = self.cheapest(geometry, home_place)
         emptied = tuple(run for index, run in enumerate(runs) if index != home)
         return Site(elements, place, runs[home], emptied, home_place, geometry, emission, before, cost)
@@ -210,7 +222,7 @@ class Planner:
         adds = len(element.branches) - 1
         shape = self.evidence.size(element.target)
         for _ in range(adds):
-            total = total + operator_cost("add", _volume(shape))
+            total = total + operator_cost("add", math.prod(shape))
         return total
 
     def _computed(self, element: Element) -> list[Node]:
@@ -225,17 +237,19 @@ class Planner:
             return ZERO
         weights = ZERO
         for node in self._computed(leaf):
-            volume = _volume(self.evidence.size(node)) if is_tensor(node) else 0
+            volume = math.prod(self.evidence.size(node)) if is_tensor(node) else 0
             weights = weights + operator_cost("mul", volume)
         return weights + self._operator_cost(leaf, leaf.step)
 
     def _operator_cost(self, leaf: Leaf, step: Filter | Scalar) -> Cost:
         shape = self.evidence.size(leaf.source)
         if isinstance(step, Scalar):
-            return operator_cost("mul", _volume(shape))
+            return operator_cost("mul", math.prod(shape))
         place = Place(step.axis, shape)
         name = step.kind.split()[0]
-        return operator_cost(name, _volume(shape), geometry=step.geometry, size=place.size, batch=place.batch)
+        return operator_cost(
+            name, math.prod(shape), geometry=step.geometry, size=place.size, batch=place.batch
+        )
 
     def _sites_of(self, chain: Chain, part: _Part) -> list[Site]:
         """The sites in a part: itself, or those inside the branches of a block that stays."""
@@ -309,7 +323,7 @@ def site_numbers(site: Site, evidence: Evidence) -> Affine:
             form = lift(form, site.geometry.spatial)
         folded = form if folded is None else join(form, folded)
     assert folded is not None
-    return folded
+    return cover(folded, site.home_place.size) if covers_map(site.elements) else folded
 
 
 def _runs(elements: Chain) -> list[Run]:
@@ -346,7 +360,7 @@ def _at_home(geometries: Sequence[tuple[Place, Geometry]]) -> tuple[int, Geometr
 
 def _smallest(geometries: Sequence[tuple[Place, Geometry]]) -> int:
     """The run with the fewest positions; the last of equals, so that nothing large is computed early."""
-    positions = [_volume(place.size) * place.batch for place, _ in geometries]
+    positions = [math.prod(place.size) * place.batch for place, _ in geometries]
     return min(range(len(positions)), key=lambda index: (positions[index], -index))
 
 
@@ -371,10 +385,3 @@ def _is_same(element: Element) -> bool:
 
 def _is_passage(element: Element) -> bool:
     return isinstance(element, Leaf) and isinstance(element.step, Passage)
-
-
-def _volume(shape: Sequence[int]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product

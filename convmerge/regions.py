@@ -32,6 +32,11 @@ class Leaf:
         """The value after the operator."""
         return self.node
 
+    @property
+    def calls(self) -> tuple[Node, ...]:
+        """The graph calls that it stands for."""
+        return (*(self.step.through if isinstance(self.step, Filter) else ()), self.node)
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -103,7 +108,10 @@ class _Reduction:
             if node in self.context.constants or call.op in CHECKS:
                 continue
             self._recognise(node, call, stale)
+        through = {n for step in self.steps.values() if isinstance(step, Filter) for n in step.through}
         for node, step in self.steps.items():
+            if node in through:
+                continue
             if isinstance(step, Sum):
                 self._reduce_sum(node, step)
             else:
@@ -264,7 +272,7 @@ def blocks(elements: Sequence[Element]) -> list[Block]:
 
 def calls_of(elements: Sequence[Element]) -> list[Node]:
     """The graph calls that a sequence of elements stands for, sums included."""
-    nodes = [leaf.node for leaf in leaves(elements) if not leaf.implied]
+    nodes = [node for leaf in leaves(elements) if not leaf.implied for node in leaf.calls]
     nodes += [node for block in blocks(elements) for node in block.sums]
     return list(dict.fromkeys(nodes))
 

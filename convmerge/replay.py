@@ -77,7 +77,7 @@ class Replay:
     def shapes(self) -> list[tuple[int, ...]]:
         """Two small canvases where every tap meets input, odd and even; the example's if sizes are fixed."""
         g, place = self._site.geometry, self._site.place
-        if any(self._evidence.calls[leaf.node].op in RESHAPES for leaf in leaves(self._site.elements)):
+        if any(self._evidence.calls[node].op in RESHAPES for node in self._calls):
             return [place.shape]
         lead = tuple(min(n, 1 if place.size else 2) for n in place.shape[: place.axis])
         if len(place.size) != g.spatial:

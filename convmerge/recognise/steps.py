@@ -25,6 +25,8 @@ class Filter:
     Attributes:
         numbers: computes the form in float64; called only when a merge was decided on.
         kind: the operator in words, for people.
+        through: calls between source and target that belong to it, such as the flatten before a linear layer;
+            a form with any holds at the example's input size only.
     """
 
     source: Node
@@ -32,6 +34,7 @@ class Filter:
     geometry: Geometry
     numbers: Callable[[], Affine]
     kind: str
+    through: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
