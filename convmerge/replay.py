@@ -114,7 +114,9 @@ class Replay:
             place = place_of(self._evidence, [element]) or Place(self._site.place.axis, tuple(x.shape))
             self._absolute[id(element)] = absolute(numbers_of(element, place)), place.axis
         form, axis = self._absolute[id(element)]
-        return apply_at(form, x, axis)
+        y = apply_at(form, x, axis)
+        # A linear layer on a flattened map leaves the axes of the one position that the form has.
+        return y.flatten(1) if y.dim() > len(self._evidence.size(element.target)) else y
 
 
 def _canvas(kernel: int, dilation: int, lo: int, hi: int, up: int) -> int:
