@@ -11,7 +11,6 @@ input that is still there (a tap leak), and its bias (a bias leak). Remedies, ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -62,7 +61,7 @@ def join_geometry(outer: Geometry, inner: Geometry) -> Geometry:
     both = compose_geometry(faded, inner)
     found = leaks(outer, inner)
     if any(found.tap):
-        raise Refusal(_tap_leak(outer, inner, found.tap))
+        raise Refusal(_tap_leak(outer, inner))
     if not any(found.bias) and not outer.ones:
         return both
     _inside_taps(inner)  # or a refusal
@@ -157,11 +156,14 @@ def _annihilates(outer: Affine, bias: Tensor) -> bool:
     return not torch.einsum("goct,gcp->gotp", taps, phases).any()
 
 
-def _tap_leak(outer: Geometry, inner: Geometry, where: Sequence[bool]) -> str:
-    names = [name for name, leak in zip(AXIS_NAMES[outer.spatial], where, strict=True) if leak]
+def _tap_leak(outer: Geometry, inner: Geometry) -> str:
+    names = AXIS_NAMES[outer.spatial]
+    edges = [axis_edges(o, i) for o, i in zip(axes(outer), axes(inner), strict=True)]
+    where = ", ".join(name for name, e in zip(names, edges, strict=True) if e.touches)
+    when = "" if any(e.touches and not e.ragged for e in edges) else "; where the stride leaves a rest unread"
     return (
         f"the {_noun(outer)} pads its input with zeros where the output of the {_noun(inner)} before it "
-        f"would not be zero ({', '.join(names)})"
+        f"would not be zero ({where}{when})"
     )
 
 

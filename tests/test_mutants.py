@@ -186,8 +186,8 @@ def bias_given_to_every_part(right: Function, form: Affine, sizes: Sequence[int]
 
 
 @mutant(commute._gain)
-def gain_forgotten(right: Function, one_channel: Affine) -> float | None:
-    return None if right(one_channel) is None else 1.0
+def gain_forgotten(right: Function, taps: Tensor, g: Geometry) -> float | None:
+    return None if right(taps, g) is None else 1.0
 
 
 @mutant(commute._reads_padding)

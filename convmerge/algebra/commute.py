@@ -55,17 +55,16 @@ def commute(outer: Affine, inner: Affine) -> tuple[Affine, Affine]:
     taps = spatial_filter.weight[:1]
     if not torch.equal(spatial_filter.weight, taps.expand_as(spatial_filter.weight)):
         raise Refusal("the filter's weights differ between channels")
+    bias = outer.bias if inner.bias is None else sum_biases([outer.bias, response(outer, inner.bias)])
     if spatial_filter is outer:
-        bias = outer.bias if inner.bias is None else sum_biases([outer.bias, response(outer, inner.bias)])
         if bias is not None and bias.dim() > 1:
             raise Refusal("after the swap the bias would depend on the position")
         return Affine(first, inner.weight, bias), Affine(second, _copies(taps, second))
-    bias = outer.bias if inner.bias is None else sum_biases([outer.bias, response(outer, inner.bias)])
-    gain = None if first.bias else _gain(Affine(_over(inner.geometry, 1, bias=False), taps))
+    plain = Affine(replace(first, bias=False), _copies(taps, first))
+    gain = None if first.bias else _gain(taps, inner.geometry)
     if bias is None or gain is None or bias.dim() > 1:
-        plain = Affine(_over(inner.geometry, first.out_channels, bias=False), _copies(taps, first))
         return plain.with_bias(bias), Affine(replace(second, bias=False), outer.weight)
-    return Affine(first, _copies(taps, first)), Affine(second, outer.weight, bias / gain)
+    return plain, Affine(second, outer.weight, bias / gain)
 
 
 def _channelwise_filter(g: Geometry) -> bool:
@@ -85,7 +84,7 @@ def _copies(taps: Tensor, g: Geometry) -> Tensor:
     return taps.expand(g.out_channels, *taps.shape[1:]).contiguous()
 
 
-def _gain(one_channel: Affine) -> float | None:
+def _gain(taps: Tensor, g: Geometry) -> float | None:
     """What the filter multiplies a constant by, or None where that depends on the position or is zero."""
-    sums = response(one_channel, one_channel.weight.new_ones(1))
+    sums = response(Affine(_over(g, 1, bias=False), taps), taps.new_ones(1))
     return float(sums) or None if sums.dim() == 1 else None

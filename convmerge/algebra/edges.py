@@ -27,20 +27,25 @@ class Edge(NamedTuple):
     """What the outer axis meets outside the intermediate map, at some input size.
 
     reads: it reads positions there. touches: at one of them the inner axis would still see input.
+    ragged: it touches, but only at sizes where a stride leaves a rest of its input unread.
     """
 
     reads: bool
     touches: bool
+    ragged: bool = False
 
 
 @lru_cache(maxsize=65536)
 def axis_edges(outer: Axis, inner: Axis) -> Edge:
     """Both ends of outer ∘ inner at every input size."""
-    ends = {_left_end(outer, inner)}
+    flush = [_left_end(outer, inner)]
+    ragged: list[Edge] = []
     for inner_rest, outer_rest in _remainders(outer, inner):
         mirrored = outer._replace(lo=outer.hi - outer_rest), inner._replace(lo=inner.hi - inner_rest)
-        ends.add(_left_end(*mirrored))
-    return Edge(any(e.reads for e in ends), any(e.touches for e in ends))
+        (ragged if inner_rest or outer_rest else flush).append(_left_end(*mirrored))
+    reads = any(end.reads for end in flush + ragged)
+    always, sometimes = any(end.touches for end in flush), any(end.touches for end in ragged)
+    return Edge(reads, always or sometimes, sometimes and not always)
 
 
 def _remainders(outer: Axis, inner: Axis) -> set[tuple[int, int]]:
