@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["FAIL", "WARN", "Probe", "bisect", "compare", "probe", "rounded_once"]
 
 WARN = 4.0  # times the original's own error: the same function, but worth a look
+CHAOTIC = 0.01  # of the output: from here on the original's own error would hide a mistake
 MORE_SAMPLES = 3  # further inputs run in float64 where the usual two leave doubts
 
 
@@ -168,7 +169,11 @@ def _read(pair: _Pair, runs: list[Run], smallest: Run, reference: Reference, see
             run = _first_accepted(pair, iter([variants.fresh(smallest.inputs, generator)]))
             runs += [run] if run else []
         readings += [Reading(run.a) for run in runs[len(readings) :]]
-        readings = [r if r.sample else reference(run) for run, r in zip(runs, readings, strict=True)]
+        nudged = errormodel.nudged(pair.a, seed + 1)
+        readings = [
+            (reading if reading.samples else reference(run)).with_sample(call(nudged, run.inputs))
+            for run, reading in zip(runs, readings, strict=True)
+        ]
     for run, reading in zip(runs, readings, strict=True):
         reason = errormodel.misplaced(run, reading)
         if reason:
@@ -189,9 +194,17 @@ def _verdict(runs: list[Run], readings: list[Reading], refused: list[str], note:
         reason = f"equal up to rounding: {measured}"
     else:
         reason = "equal, without any difference on these inputs"
-    if refused:
-        reason += f"; the original does not accept {' and '.join(refused)}"
-    return Verification(worst <= FAIL, f"{reason}; {note}" if note else reason, comparisons)
+    notes = [f"the original does not accept {' and '.join(refused)}"] if refused else []
+    notes += [note] if note else []
+    return Verification(worst <= FAIL, "; ".join([reason, *_chaos(runs[0], readings), *notes]), comparisons)
+
+
+def _chaos(first: Run, readings: list[Reading]) -> list[str]:
+    """A warning, if the original's own error is so large that comparing errors says little."""
+    own = max((_distance(r.truth, sample)[1] for r in readings for sample in r.samples), default=0.0)
+    if own <= max([CHAOTIC, *(64 * torch.finfo(x.dtype).eps for _, x in floating(first.a))]):
+        return []
+    return [f"that is {own:.0%} of the output, so only the comparison in float64 tells much"]
 
 
 def _comparison(run: Run, reading: Reading, ratio: float) -> Comparison:
@@ -203,7 +216,7 @@ def _comparison(run: Run, reading: Reading, ratio: float) -> Comparison:
         relative=relative,
         difference64=difference64,
         relative64=relative64,
-        error_ratio=ratio if reading.sample else None,
+        error_ratio=ratio if reading.samples else None,
     )
 
 

@@ -478,6 +478,28 @@ def test_constant_example_inputs_do_not_hide_a_wrong_weight() -> None:
         assert not compare(model, wrong, inputs(x)).equal
 
 
+def test_a_model_that_amplifies_rounding_to_the_size_of_its_output_is_named_as_such() -> None:
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(3.9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(60):
+                x = self.gain * x * (1 - x)
+            return x
+
+    class Rearranged(Chaotic):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(60):
+                x = self.gain * (x - x * x)
+            return x
+
+    verdict = compare(Chaotic(), Rearranged(), inputs(torch.rand(1, 500)))
+    assert verdict.equal
+    assert "only the comparison in float64 tells much" in verdict.reason
+
+
 def test_the_ratio_does_not_depend_on_the_seed_of_the_caller_but_on_its_own() -> None:
     model, x = random_conv_bn(3)
     fused = nn.Sequential(folded(*model))
