@@ -291,6 +291,8 @@ class Planner:
             return Denial(elements, place, refusal.reason)
         if site is None:
             return Denial(elements, place, "left out by --only or --skip")
+        if self._affordable(site) and site.after.key(self.objective) < before.key(self.objective):
+            return Denial(elements, place, "another grouping is cheaper", before, site.after)
         return Denial(elements, place, "costs more as one operator", before, site.after)
 
 

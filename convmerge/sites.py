@@ -83,6 +83,7 @@ def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
 
 
 def _comparison(before: Cost, after: Cost) -> str:
+    """The figure that speaks most clearly against the merge."""
     if after.macs > before.macs:
         return f"{_ratio(after.macs, before.macs)} the MACs"
     if after.weights > before.weights and after.latency <= before.latency:
