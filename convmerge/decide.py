@@ -129,9 +129,17 @@ class Decider:
             for weight in node.all_input_nodes:
                 if weight in self.evidence.tensors:
                     users = set(weight.users) | self._twins(weight)
-                    if any(user in self.evidence.calls and user not in calls for user in users):
+                    if any(self._needed(user, calls) for user in users):
                         return f"{self.evidence.tensors[weight][0]} is used elsewhere too"
         return None
+
+    def _needed(self, user: Node, calls: set[Node]) -> bool:
+        """Whether what a weight's reader computes is read by anything but ``calls``."""
+        if user in calls or user not in self.evidence.calls:
+            return False
+        if user not in self.constants or user in self.evidence.outputs or not user.users:
+            return True
+        return any(self._needed(other, calls) for other in user.users)
 
     def _twins(self, weight: Node) -> set[Node]:
         """Calls that read the same storage under another name."""

@@ -14,7 +14,7 @@ from convmerge.algebra import add, add_geometry, lift, lift_geometry
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence
 from convmerge.errors import Refusal
-from convmerge.recognise import Filter, Passage, Same, Scalar
+from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
 from convmerge.regions import Block, Element, Leaf, leaves
 
 
@@ -151,11 +151,22 @@ def fold_geometry(elements: Sequence[Element], place: Place) -> Geometry:
         if _is_same(element):
             continue
         step = geometry_of(element, place)
-        folded = step if folded is None else join_geometry(step, folded)
+        if folded is not None and _continues_border(element, elements):
+            bare = join_geometry(replace(step, bias=False, ones=False), replace(folded, bias=False))
+            folded = replace(bare, bias=folded.bias)
+        else:
+            folded = step if folded is None else join_geometry(step, folded)
         place = after(place, step)
     if folded is not None:
         return folded
     return Geometry.channelwise(place.channels, place.channels, place.channels, len(place.size))
+
+
+def _continues_border(element: Element, elements: Sequence[Element]) -> bool:
+    """Whether an element pads with just what the elements before it make of zeros: no border then."""
+    fill = element.step if isinstance(element, Leaf) else None
+    first = next(e for e in elements if not _is_same(e))
+    return isinstance(fill, BorderFill) and first.source in fill.beginnings
 
 
 def after(place: Place, geometry: Geometry) -> Place:
@@ -186,7 +197,11 @@ def fold_numbers(elements: Sequence[Element], place: Place) -> Affine:
         if _is_same(element):
             continue
         step = numbers_of(element, place)
-        folded = step if folded is None else join(step, folded)
+        if folded is not None and _continues_border(element, elements):
+            bare = Affine(replace(step.geometry, bias=False, ones=False), step.weight)
+            folded = join(bare, folded.with_bias(None)).with_bias(folded.bias)
+        else:
+            folded = step if folded is None else join(step, folded)
         place = after(place, step.geometry)
     if folded is not None:
         return folded

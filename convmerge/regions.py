@@ -7,15 +7,16 @@ An element takes one value to another: an operator (a leaf), or a sum of branche
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from torch.fx.node import Node
 
-from convmerge.capture import Call, Evidence, is_tensor, nodes_of
+from convmerge.capture import Call, Evidence, is_tensor, live_calls, nodes_of
 from convmerge.constants import memory_root
 from convmerge.errors import Refusal
-from convmerge.recognise import Context, Filter, Passage, Same, Scalar, Step, Sum, recognise
+from convmerge.recognise import BorderFill, Context, Filter, Passage, Same, Scalar, Step, Sum, recognise
+from convmerge.recognise.border import overwritten_pads, with_beginnings
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class Leaf:
     @property
     def calls(self) -> tuple[Node, ...]:
         """The graph calls that it stands for."""
-        return (*(self.step.through if isinstance(self.step, Filter) else ()), self.node)
+        through = self.step.through if isinstance(self.step, Filter) else ()
+        return (*through, self.node, *(self.step.writes if isinstance(self.step, BorderFill) else ()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +102,14 @@ class _Reduction:
         self.element: dict[Node, Element] = {}  # value → the element that produces it
         self.open_sums: dict[Node, tuple[list[_Term], tuple[Node, ...]]] = {}
         self.absorbed: set[int] = set()  # blocks that became branches of larger ones, by id
+        self.fills = overwritten_pads(context)
+        self.writes = {node for fill in self.fills.values() for node in fill.writes}
         self.uses = self._count_uses()
 
     def run(self) -> Regions:
-        stale = stale_readers(self.evidence)
+        stale = stale_readers(self.evidence, self.writes)
         for node, call in self.evidence.calls.items():
-            if node in self.context.constants or call.op in CHECKS:
+            if node in self.context.constants or call.op in CHECKS or node in self.writes:
                 continue
             self._recognise(node, call, stale)
         through = {n for step in self.steps.values() if isinstance(step, Filter) for n in step.through}
@@ -123,13 +127,15 @@ class _Reduction:
             self.refused[node] = "reads memory that was written to in between"
             return
         try:
-            step = recognise(self.context, call)
+            step = self.fills.get(node) or recognise(self.context, call)
         except Refusal as refusal:
             self.refused[node] = refusal.reason
             return
         if step is None:
             self.unknown.append(call)
             return
+        if isinstance(step, BorderFill):
+            step = with_beginnings(step, self.steps)
         self.steps[node] = step
         if isinstance(step, Sum) and step.via:
             self.unknown = [other for other in self.unknown if other.node not in step.via]
@@ -138,7 +144,7 @@ class _Reduction:
         uses: Counter[Node] = Counter()
         for node in self.evidence.graph.nodes:
             call = self.evidence.calls.get(node)
-            if call is None or call.op not in CHECKS:
+            if (call is None or call.op not in CHECKS) and node not in self.writes:
                 uses.update(nodes_of((node.args, node.kwargs)))
         return uses
 
@@ -277,15 +283,17 @@ def calls_of(elements: Sequence[Element]) -> list[Node]:
     return list(dict.fromkeys(nodes))
 
 
-def stale_readers(evidence: Evidence) -> set[Node]:
+def stale_readers(evidence: Evidence, understood: Set[Node] = frozenset()) -> set[Node]:
     """Calls that read a value after its memory was written to through another name.
+
+    Writes that are ``understood`` as part of what makes the value do not count.
 
     The graph connects a write's result to its later readers, but not its effect on older names and views of
     the same memory; what such a reader sees cannot be told from the graph's edges.
     """
     writes: dict[Node, list[int]] = {}
     for node, call in evidence.calls.items():
-        if call.mutates and (sources := nodes_of(node.args[:1])):
+        if call.mutates and node not in understood and (sources := nodes_of(node.args[:1])):
             writes.setdefault(memory_root(sources[0]), []).append(call.index)
     stale: set[Node] = set()
     if not writes:

@@ -14,7 +14,7 @@ from convmerge.capture import Evidence
 from convmerge.constants import Constants, run_call
 from convmerge.fold import Place, geometry_of, numbers_of, place_of
 from convmerge.plan import Site
-from convmerge.recognise import Passage, Same
+from convmerge.recognise import BorderFill, Passage, Same
 from convmerge.regions import Block, Element, Leaf, calls_of, leaves
 
 # Operators that export writes the example's sizes into.
@@ -35,12 +35,13 @@ class Replay:
         self._evidence = evidence
         self._constants = constants
         self._calls = sorted(calls_of(site.elements), key=lambda node: evidence.calls[node].index)
+        self._target = next(e.target for e in reversed(site.elements) if e.target in set(self._calls))
         self._absolute: dict[int, tuple[Affine, int]] = {}  # by leaf: its form on absolute values, its axis
 
     def original(self, x: Tensor) -> Tensor:
         """The calls as they were captured."""
         values: dict[Node, Tensor] = {self._site.elements[0].source: x.clone()}
-        return self._run(self._calls, values)[self._calls[-1]]
+        return self._run(self._calls, values)[self._target]
 
     def merged(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The site with ``layer`` at home and nothing in place of the other merged parts."""
@@ -77,7 +78,8 @@ class Replay:
     def shapes(self) -> list[tuple[int, ...]]:
         """Two small canvases where every tap meets input, odd and even; the example's if sizes are fixed."""
         g, place = self._site.geometry, self._site.place
-        if any(self._evidence.calls[node].op in RESHAPES for node in self._calls):
+        fixed = any(isinstance(leaf.step, BorderFill) for leaf in leaves(self._site.elements))
+        if fixed or any(self._evidence.calls[node].op in RESHAPES for node in self._calls):
             return [place.shape]
         lead = tuple(min(n, 1 if place.size else 2) for n in place.shape[: place.axis])
         if len(place.size) != g.spatial:

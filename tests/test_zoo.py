@@ -23,8 +23,8 @@ BLOCKS: dict[str, dict[str, int]] = {
     "inception": {"conv": 4, "batch_norm": 0},
     "bottleneck": {"conv": 6, "batch_norm": 0},
     "unet": {"conv": 4, "batch_norm": 0},
-    "ecb": {"batch_norm": 0},
-    "dbb": {},
+    "ecb": {"conv": 2, "add": 0},
+    "dbb": {"conv": 2, "batch_norm": 0, "add": 0},
 }
 
 REAL: dict[str, dict[str, int]] = {

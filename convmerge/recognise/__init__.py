@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from convmerge.capture import Call
-from convmerge.recognise import filters, layout, pointwise, stacked  # noqa: F401  (importing registers)
+from convmerge.recognise import border, filters, layout, pointwise, stacked  # noqa: F401  (importing registers)
 from convmerge.recognise.steps import (
     RECOGNISERS,
+    BorderFill,
     Context,
     Filter,
     Passage,
@@ -15,7 +16,18 @@ from convmerge.recognise.steps import (
     Sum,
 )
 
-__all__ = ["RECOGNISERS", "Context", "Filter", "Passage", "Same", "Scalar", "Step", "Sum", "recognise"]
+__all__ = [
+    "RECOGNISERS",
+    "BorderFill",
+    "Context",
+    "Filter",
+    "Passage",
+    "Same",
+    "Scalar",
+    "Step",
+    "Sum",
+    "recognise",
+]
 
 
 def recognise(context: Context, call: Call) -> Step | None:

@@ -7,7 +7,7 @@ for this use of the operator), or raises Refusal with the reason why this use is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,22 @@ class Filter:
 
 
 @dataclass(frozen=True, eq=False)
+class BorderFill(Filter):
+    """Padding with one number per channel: y = pad(x) + v (1 - pad(1)).
+
+    Attributes:
+        value: v in float64, shape (channels,).
+        writes: the calls that write v into the border of a zero pad, in order, their views included.
+        beginnings: values from which everything up to here turns zeros into v, so that padding there with
+            zeros is the same.
+    """
+
+    value: Tensor = field(kw_only=True)
+    writes: tuple[Node, ...] = ()
+    beginnings: frozenset[Node] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
 class Scalar:
     """target = factor * source + offset with plain numbers: the same on whatever axis its neighbours use."""
 
@@ -49,7 +65,7 @@ class Scalar:
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """target = sum of factor_i * term_i over tensors of one shape; ``via`` are calls that only collect them."""
+    """target = sum of factor_i * term_i over tensors of one shape; ``via`` are calls that collect them."""
 
     terms: tuple[tuple[Node, float], ...]
     via: tuple[Node, ...] = ()
