@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -309,6 +309,16 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def live_calls(calls: Sequence[Node]) -> list[Node]:
+    """The calls, in order, without those that only compute something that nobody reads."""
+    dead: set[Node] = set()
+    for node in reversed(calls):
+        schema = getattr(node.target, "_schema", None)
+        if (schema is None or not schema.is_mutable) and all(user in dead for user in node.users):
+            dead.add(node)
+    return [node for node in calls if node not in dead]
 
 
 def nodes_of(value: Any) -> list[Node]:

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
-from convmerge.capture import Evidence, Frame, Signature, plain_defaults, quiet
+from convmerge.capture import Evidence, Frame, Signature, live_calls, plain_defaults, quiet
 from convmerge.constants import Constants, memory_root, view_of
 from convmerge.errors import Refusal
 
@@ -61,23 +61,13 @@ def retrace(
     except Exception as error:
         raise Refusal(f"the trace of {name} cannot be run by itself: {_first_line(error)}") from error
     by_step = dict(zip(exported, made_by, strict=True))
-    live, live_exported = _live(calls), _live(exported)
+    live, live_exported = live_calls(calls), live_calls(exported)
     if not same_calls(live, live_exported):
         raise Refusal(f"a trace of {name} alone does not make the calls that the whole model makes in it")
     made = {call: by_step[other] for call, other in zip(live, live_exported, strict=True)}
     position = {call: p for p, call in enumerate(calls)}
     constant = frozenset(position[call] for call in live if call in constants)
     return Trace(graph, {position[call]: node for call, node in made.items()}, constant)
-
-
-def _live(calls: Sequence[Node]) -> list[Node]:
-    """The calls without those that only compute something that nobody reads."""
-    dead: set[Node] = set()
-    for node in reversed(calls):
-        schema = getattr(node.target, "_schema", None)
-        if (schema is None or not schema.is_mutable) and all(user in dead for user in node.users):
-            dead.add(node)
-    return [node for node in calls if node not in dead]
 
 
 class _Tracer(fx.Tracer):
