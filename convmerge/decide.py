@@ -72,6 +72,7 @@ class Decider:
         planner.spare_macs = SPARE_MACS * sum(planner.macs(chain) for chain in regions.chains)
         plans: dict[int, ChainPlan] = {}
         edits: dict[Site, Edit] = {}
+        traces: dict[str, Trace] = {}
         dirty = set(range(len(regions.chains)))
         while dirty:
             problems: dict[Site, str] = {}

@@ -108,7 +108,8 @@ class _Reduction:
 
     def run(self) -> Regions:
         stale = stale_readers(self.evidence, self.writes)
-        for node, call in self.evidence.calls.items():
+        for node in live_calls(list(self.evidence.calls)):
+            call = self.evidence.calls[node]
             if node in self.context.constants or call.op in CHECKS or node in self.writes:
                 continue
             self._recognise(node, call, stale)

@@ -129,10 +129,12 @@ def check(seed: int) -> Counter[str]:
     model = RandomModel(seed).double().eval()
     x = torch.randn(2, model.channels, SIZE, SIZE + 2, dtype=torch.float64)
     with torch.no_grad():
-        wanted = model(x)
         result = convmerge.fuse(model, x)
         for inputs in (x, torch.randn(1, model.channels, SIZE + 1, SIZE, dtype=torch.float64)):
-            wanted = model(inputs)
+            try:
+                wanted = model(inputs)
+            except RuntimeError:  # too small for this model
+                continue
             error = (result.model(inputs) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)
             assert error < TOLERANCE, f"RandomModel({seed}): relative error {error:.1e}"
     assert all(site.reason for site in result.report.sites), f"RandomModel({seed}): a site without a reason"
