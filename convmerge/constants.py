@@ -149,7 +149,7 @@ def view_of(node: Node) -> Node | None:
         return source if isinstance(source, Node) else None
     schema = getattr(node.target, "_schema", None)
     name = schema.name.split("::")[-1] if schema is not None else ""
-    if name == "pad" and any(node.args[1]):
+    if name == "pad" and any(node.args[1]):  # type: ignore[arg-type]
         return None
     aliased = schema is not None and any(r.alias_info is not None for r in schema.returns)
     if aliased or name in MAY_ALIAS:
