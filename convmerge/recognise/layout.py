@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.fx.node import Node
 
@@ -37,7 +38,7 @@ def identity(context: Context, call: Call) -> Step | None:
     return None if source is None else Same(source)
 
 
-@recognises("to", "_to_copy", "type_as", "float", "double", "half")
+@recognises("to", "_to_copy", "type_as")
 def cast(context: Context, call: Call) -> Step | None:
     """A cast to the dtype that the value has already."""
     source = _source(context, call)
@@ -93,11 +94,20 @@ def permute(context: Context, call: Call) -> Step | None:
     elif "dim0" in call.args:
         i, j = int(call.args["dim0"]) % rank, int(call.args["dim1"]) % rank
         order[i], order[j] = j, i
+    elif call.op == "movedim":
+        moves = zip(_listed(call.args["destination"]), _listed(call.args["source"]), strict=True)
+        placed = {to % rank: at % rank for to, at in moves}
+        rest = iter(axis for axis in order if axis not in placed.values())
+        order = [placed[axis] if axis in placed else next(rest) for axis in range(rank)]
     else:
         return None
     if order == list(range(rank)):
         return Same(source)
     return Passage(source, {axis: at for at, axis in enumerate(order)}, call.op)
+
+
+def _listed(value: Any) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
 
 
 @recognises("slice")
