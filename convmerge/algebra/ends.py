@@ -1,0 +1,208 @@
+"""What zero padding inside a chain does to its first and last outputs, in one dimension, on integers alone.
+
+A chain of axes, each of which pads with zeros, equals their composition except near both ends, where a later
+axis reads padding and the composition reads the earlier one's extension. Which outputs differ, and how, is
+decided here by comparing two computation trees: the chain's, cut off outside every intermediate map, and the
+composition's, which is not. Equal subtrees get equal numbers (hash-consing), and a subtree that reaches no
+input and no bias is zero, so that the comparison is exact for all weights at once.
+
+Outputs are taken in blocks of ``whole.up``: a block further, the input is read ``whole.down`` further.
+Growing the input by ``whole.down`` adds a block and moves the last ones as they are, so that sizes fall into
+as many residue classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from convmerge.algebra.axis import Axis, compose_axis
+from convmerge.errors import Refusal
+
+BLOCKS = 4  # the most border blocks in one dimension, both ends together
+RESIDUES = 8  # the most residue classes of input sizes
+
+
+class Piece(NamedTuple):
+    """The inputs that a border block reads: a slice, counted from the end where negative or zero."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of inputs."""
+        return self.stop - self.start
+
+
+class Ends(NamedTuple):
+    """The border blocks of a chain in one dimension.
+
+    Attributes:
+        first, last: what each of them reads, in the order of the output; none where the chain is its
+            composition.
+        minimum: from this input size on there are exactly these, and at least one other block.
+        residues: the last blocks are the same for all input sizes that agree modulo this; a stride leaves
+            some inputs unread behind them, and which outer taps fall into padding can differ too.
+    """
+
+    first: tuple[Piece, ...]
+    last: tuple[Piece, ...]
+    minimum: int
+    residues: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of border blocks."""
+        return len(self.first) + len(self.last)
+
+
+@lru_cache(maxsize=4096)
+def chain_ends(chain: tuple[Axis, ...], biased: tuple[bool, ...]) -> Ends:
+    """The ends of a chain of axes, the first of which runs first; ``biased`` says which add a bias.
+
+    Raises:
+        Refusal: the rates do not compose; or too many border blocks, or residue classes of input sizes.
+    """
+    whole = compose_chain(chain)
+    trees = _Trees(chain, biased, whole)
+    reach = whole.dilation * (whole.kernel - 1) + max(whole.lo, 0) + max(whole.hi, 0)
+    longest = 2 * (reach // whole.up + 1) + (BLOCKS + 2) * whole.down
+    large = range(longest, longest + whole.down)
+    found = [trees.differing(size) for size in large]
+    if None in found:
+        raise Refusal("the borders meet at every input size")
+    first, last = (max(counts) for counts in zip(*(f for f in found if f is not None), strict=True))
+    if not first and not last:
+        return Ends((), (), next(size for size in range(1, longest + 1) if trees.differing(size)), 1)
+    if first + last > BLOCKS:
+        raise Refusal(f"{first + last} outputs in a row would need kernels of their own at the borders")
+    wanted = {size % whole.down: trees.borders(size, first, last) for size in large}
+    if None in wanted.values():
+        raise Refusal("outputs between the borders would need kernels of their own")
+    residues = whole.down if last else 1
+    if residues > RESIDUES:
+        raise Refusal(f"the last outputs depend on the input size modulo {whole.down}")
+    size = longest
+    while size > 1 and trees.borders(size - 1, first, last) == wanted[(size - 1) % whole.down]:
+        size -= 1
+    head = [_hull(trees.read(size, q, from_end=False) for size in large) for q in range(first)]
+    tail = [_hull(trees.read(size, -q, from_end=True) for size in large) for q in range(last, 0, -1)]
+    pieces = [p or Piece(0, 1) for p in head], [p or Piece(-1, 0) for p in tail]
+    needed = (size, *(p.stop for p in pieces[0]), *(-p.start for p in pieces[1]))
+    return Ends(tuple(pieces[0]), tuple(pieces[1]), max(needed), residues)
+
+
+def compose_chain(chain: Sequence[Axis]) -> Axis:
+    """The composition of axes, the first of which runs first."""
+    whole = chain[0]
+    for axis in chain[1:]:
+        whole = compose_axis(axis, whole).axis
+    return whole
+
+
+Trees = tuple[tuple[int, ...], ...]  # by block and output: the number of its tree
+
+
+class _Trees:
+    """Numbers for the computation trees of one chain; equal trees have equal numbers at all input sizes."""
+
+    def __init__(self, chain: Sequence[Axis], biased: Sequence[bool], whole: Axis) -> None:
+        self._chain = chain
+        self._biased = biased
+        self._period = whole.up
+        self._numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._known: dict[int, tuple[Trees, Trees] | None] = {}
+
+    def differing(self, size: int) -> tuple[int, int] | None:
+        """The fewest first and last blocks that hold all that differ from the composition.
+
+        None where there are no blocks, or the one in the middle differs.
+        """
+        trees = self._trees(size)
+        if trees is None:
+            return None
+        middle = len(trees[0]) // 2
+        apart = [q for q, (cut, free) in enumerate(zip(*trees, strict=True)) if cut != free]
+        first = max((q + 1 for q in apart if q < middle), default=0)
+        last = max((len(trees[0]) - q for q in apart if q > middle), default=0)
+        return None if middle in apart else (first, last)
+
+    def borders(self, size: int, first: int, last: int) -> tuple[Trees, Trees] | None:
+        """The first and the last blocks, if all between them, at least one, are as in the composition."""
+        trees = self._trees(size)
+        if trees is None or len(trees[0]) <= first + last:
+            return None
+        cut, free = trees
+        end = len(cut) - last
+        return (cut[:first], cut[end:]) if cut[first:end] == free[first:end] else None
+
+    def read(self, size: int, q: int, *, from_end: bool) -> Piece | None:
+        """The inputs that block q reads (negative: counted from the last), None where it reads none."""
+        maps = self._maps(size)
+        positions = set(self._block(q % self._blocks(maps)))
+        for k in range(len(self._chain), 0, -1):
+            below = {p for m in positions for p in self._taps(k, m) if p is not None}
+            positions = {p for p in below if 0 <= p < maps[k - 1]}
+        if not positions:
+            return None
+        shift = size if from_end else 0
+        return Piece(min(positions) - shift, max(positions) + 1 - shift)
+
+    def _trees(self, size: int) -> tuple[Trees, Trees] | None:
+        """All blocks of the chain, and of the composition; None where a map is empty."""
+        if size not in self._known:
+            maps = self._maps(size)
+            if min(maps) < 1:
+                self._known[size] = None
+            else:
+                self._known[size] = self._all_blocks(maps, cut=True), self._all_blocks(maps, cut=False)
+        return self._known[size]
+
+    def _all_blocks(self, maps: Sequence[int], *, cut: bool) -> Trees:
+        number = self._numbering(maps, cut=cut)
+        blocks = map(self._block, range(self._blocks(maps)))
+        return tuple(tuple(number(len(self._chain), m) for m in block) for block in blocks)
+
+    def _maps(self, size: int) -> list[int]:
+        """The sizes of the input and of all maps after it."""
+        maps = [size]
+        for axis in self._chain:
+            maps.append(axis.out_size(maps[-1]))
+        return maps
+
+    def _blocks(self, maps: Sequence[int]) -> int:
+        return -(-maps[-1] // self._period)
+
+    def _block(self, q: int) -> range:
+        return range(self._period * q, self._period * (q + 1))
+
+    def _numbering(self, maps: Sequence[int], *, cut: bool) -> Callable[[int, int], int]:
+        """The number of the tree at position m of map k; with ``cut``, zero outside intermediate maps."""
+        known: dict[tuple[int, int], int] = {}
+
+        def number(k: int, m: int) -> int:
+            if k == 0:
+                return int(0 <= m < maps[0])
+            if cut and k < len(self._chain) and not 0 <= m < maps[k]:
+                return 0
+            if (k, m) not in known:
+                below = tuple(0 if p is None else number(k - 1, p) for p in self._taps(k, m))
+                alive = any(below) or self._biased[k - 1]
+                known[k, m] = self._numbers.setdefault((k, below), len(self._numbers) + 2) if alive else 0
+            return known[k, m]
+
+        return number
+
+    def _taps(self, k: int, m: int) -> list[int | None]:
+        """Where every tap of position m of map k stands in map k - 1; None between stuffed positions."""
+        axis = self._chain[k - 1]
+        at = (axis.down * m + axis.dilation * t - axis.lo for t in range(axis.kernel))
+        return [p // axis.up if p % axis.up == 0 else None for p in at]
+
+
+def _hull(pieces: Iterable[Piece | None]) -> Piece | None:
+    """The shortest piece that holds all of them."""
+    known = [p for p in pieces if p is not None]
+    return Piece(min(p.start for p in known), max(p.stop for p in known)) if known else None

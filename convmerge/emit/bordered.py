@@ -1,0 +1,193 @@
+"""Border classes as torch operators: slices, convolutions, concatenation, one pixel shuffle at the end."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+
+from convmerge.affine import Affine
+from convmerge.algebra.axis import Axis
+from convmerge.borderclasses import Bordered, Key, class_form, residues_of
+from convmerge.emit.build import build, round_once
+from convmerge.emit.ways import emissions
+
+_SIDES = (("front", "back"), ("top", "bottom"), ("left", "right"))
+
+
+def build_bordered(
+    b: Bordered,
+    forms: Sequence[Affine],
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+) -> fx.GraphModule:
+    """A module that computes the chain ``forms``, every weight rounded once from float64.
+
+    It is a torch.fx.GraphModule of class ``BorderedConv1d``, ``2d`` or ``3d``, takes (N, C, *spatial) or
+    (C, *spatial), and raises an AssertionError for inputs below ``b.minimum``.
+
+    Raises:
+        Refusal: see ``class_form``; or a weight is too large for ``dtype``.
+    """
+    root = nn.Module()
+    layers = _Layers(root, dtype, torch.device(device), requires_grad)
+    for key in b.keys:
+        layers.add(b, forms, key)
+    graph = _Writer(b).write()
+    module = fx.GraphModule(root, graph, class_name=f"BorderedConv{b.low.spatial}d")
+    # The module must load with torch alone, whatever tracer its graph is part of.
+    module.graph._tracer_cls = fx.Tracer
+    module._tracer_cls = fx.Tracer
+    return module
+
+
+def class_name(b: Bordered, key: Key) -> str:
+    """``interior``, ``top``, ``top_left``, ...; numbered where a side has several border blocks."""
+    words = []
+    for side, segment, (first, last) in zip(b.sides, key, _SIDES[-len(key) :], strict=True):
+        heads, tails = len(side.ends.first), len(side.ends.last)
+        if segment < heads:
+            words.append(first + (str(segment) if heads > 1 else ""))
+        elif segment > heads:
+            words.append(last + (str(segment - heads - 1) if tails > 1 else ""))
+    return "_".join(words) or "interior"
+
+
+def _own_padding(g_lo: int, g_hi: int) -> int:
+    """How much of an inner axis's padding its convolution does itself."""
+    return max(0, min(g_lo, g_hi))
+
+
+class _Layers:
+    """Puts the convolutions of the classes under their names."""
+
+    def __init__(
+        self, root: nn.Module, dtype: torch.dtype, device: torch.device, requires_grad: bool
+    ) -> None:
+        self.root = root
+        self.dtype = dtype
+        self.device = device
+        self.requires_grad = requires_grad
+
+    def add(self, b: Bordered, forms: Sequence[Affine], key: Key) -> None:
+        """One class: a convolution, or stacked weights where they depend on the residue of the input size."""
+        found = [_padded_itself(class_form(b, forms, key, residue)) for residue in residues_of(b, key)]
+        name = class_name(b, key)
+        if len(found) == 1:
+            layer = build(found[0], emissions(found[0].geometry)[0], self.dtype, device=self.device)
+            self.root.add_module(name, layer.requires_grad_(self.requires_grad))
+            return
+        lead = [n for n in b.residues(key) if n > 1]
+        holder = nn.Module()
+        weight = torch.stack([form.weight for form in found])
+        holder.register_parameter("weight", self._parameter(weight.reshape(*lead, *weight.shape[1:])))
+        if b.low.bias:
+            bias = torch.stack([form.bias for form in found if form.bias is not None])
+            holder.register_parameter("bias", self._parameter(bias.reshape(*lead, -1)))
+        self.root.add_module(name, holder)
+
+    def _parameter(self, values: Tensor) -> nn.Parameter:
+        return nn.Parameter(round_once(values, self.dtype).to(self.device), self.requires_grad)
+
+
+def _padded_itself(form: Affine) -> Affine:
+    """The form with as much padding as its convolution does itself; the rest is done on the slice."""
+    g = form.geometry
+    own = tuple(map(_own_padding, g.lo, g.hi))
+    return Affine(replace(g, lo=own, hi=own), form.weight, form.bias)
+
+
+class _Writer:
+    """Writes the graph of a bordered form."""
+
+    def __init__(self, b: Bordered) -> None:
+        self.b = b
+        self.n = b.low.spatial
+        self.graph = fx.Graph()
+        self.remainders: dict[int, Node] = {}  # by dimension: the residue of the input size
+
+    def write(self) -> fx.Graph:
+        x = self.graph.placeholder("x")
+        for dim, side in enumerate(self.b.sides):
+            if side.ends.blocks:
+                self._measure(x, dim)
+        y = self._assembled(x, ())
+        if self.b.rate > 1:
+            y = self._call(F.pixel_shuffle, y, self.b.rate)
+        if any(self.b.crop):
+            y = self._sliced(y, [(0, -crop) for crop in self.b.crop])
+        self.graph.output(y)
+        self.graph.lint()
+        return self.graph
+
+    def _measure(self, x: Node, dim: int) -> None:
+        """Check one dimension of the input, and take its size modulo the residues."""
+        ends = self.b.sides[dim].ends
+        size = self.graph.call_method("size", (x, dim - self.n))
+        least = "×".join(map(str, self.b.minimum))
+        message = f"the merged convolution needs an input of at least {least}"
+        self._call(torch._assert, self._call(operator.ge, size, ends.minimum), message)
+        if ends.residues > 1:
+            self.remainders[dim] = self._call(operator.mod, size, ends.residues)
+
+    def _assembled(self, x: Node, chosen: Key) -> Node:
+        """All classes with the segments ``chosen`` in the leading dimensions, concatenated."""
+        dim = len(chosen)
+        if dim == self.n:
+            return self._convolved(x, chosen)
+        segments = self.b.sides[dim].segments
+        parts = []
+        for index, segment in enumerate(segments):
+            if isinstance(segment, Axis):
+                part = self._fitted(x, dim, segment)
+            else:
+                part = self._sliced(x, self._only(dim, (segment.start, segment.stop)))
+            parts.append(self._assembled(part, (*chosen, index)))
+        return parts[0] if len(parts) == 1 else self._call(torch.cat, parts, dim - self.n)
+
+    def _fitted(self, x: Node, dim: int, axis: Axis) -> Node:
+        """The input of the inner segment: what its convolution does not pad or crop itself."""
+        own = _own_padding(axis.lo, axis.hi)
+        lo, hi = axis.lo - own, axis.hi - own
+        if lo < 0 or hi < 0:
+            x = self._sliced(x, self._only(dim, (max(0, -lo), min(0, hi))))
+        if lo > 0 or hi > 0:
+            sides = [0, 0] * (self.n - 1 - dim) + [max(lo, 0), max(hi, 0)]
+            x = self._call(F.pad, x, sides)
+        return x
+
+    def _only(self, dim: int, bounds: tuple[int, int]) -> list[tuple[int, int]]:
+        return [bounds if d == dim else (0, 0) for d in range(self.n)]
+
+    def _sliced(self, x: Node, bounds: Sequence[tuple[int, int]]) -> Node:
+        """x[start:stop] in every spatial dimension; a stop of 0 is the end."""
+        index = (..., *(slice(start or None, stop or None) for start, stop in bounds))
+        return self._call(operator.getitem, x, index)
+
+    def _convolved(self, x: Node, key: Key) -> Node:
+        name = class_name(self.b, key)
+        residues = self.b.residues(key)
+        if max(residues) == 1:
+            return self.graph.call_module(name, (x,))
+        at = tuple(self.remainders[dim] for dim, n in enumerate(residues) if n > 1)
+        g = self.b.layer(key)
+        weight, bias = (
+            self._call(operator.getitem, self.graph.get_attr(f"{name}.{what}"), at)
+            if what == "weight" or g.bias
+            else None
+            for what in ("weight", "bias")
+        )
+        own = tuple(map(_own_padding, g.lo, g.hi))
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.n - 1]
+        return self._call(convolve, x, weight, bias, g.down, own, g.dilation, g.groups)
+
+    def _call(self, function: Any, *args: Any) -> Node:
+        return self.graph.call_function(function, args)

@@ -1,0 +1,181 @@
+"""Border classes: chains with zero padding inside, refused or exact at every size from the minimum on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import laws
+import pytest
+import torch
+from generate import Draw, run
+
+from convmerge.affine import Affine
+from convmerge.algebra.axis import POINT, Axis, from_axes
+from convmerge.borderclasses import Bordered, bordered
+from convmerge.emit.bordered import build_bordered
+from convmerge.errors import Refusal
+
+SAME = Axis(3, 1, 1, 1, 1, 1)
+STRIDED = Axis(3, 1, 2, 1, 1, 1)
+NEAREST = Axis(2, 2, 1, 1, 1, 1)
+POOL = Axis(2, 1, 2, 1, 0, 0)
+PADDED_POOL = Axis(3, 1, 2, 1, 1, 1)
+WIDE, DILATED = Axis(5, 1, 1, 1, 2, 2), Axis(3, 1, 1, 2, 2, 2)
+AXES = [SAME, SAME, STRIDED, NEAREST, POOL, PADDED_POOL, POINT, WIDE, DILATED]
+AHEAD = 8  # sizes from the minimum on
+
+
+def regular_chain(draw: Draw) -> list[Affine]:
+    """Forms as real models have them, the same axis in all dimensions."""
+    length = draw.random.choice([2, 2, 3, 4] if draw.spatial < 3 else [2, 2, 3])
+    channels = [draw.random.choice([1, 2, 3, 4]) for _ in range(length + 1)]
+    chain = []
+    for i, o in itertools.pairwise(channels):
+        axis = draw.random.choice(AXES)
+        other = draw.random.choice(AXES) if draw.random.random() < 0.2 else axis
+        chain.append(draw.form(i, o, [axis] * (draw.spatial - 1) + [other]))
+    return chain
+
+
+def sizes(draw: Draw, b: Bordered) -> Iterator[tuple[int, ...]]:
+    """Every size in one dimension; in more, every size of each beside drawn ones of the others."""
+    for dim in range(draw.spatial):
+        for extra in range(AHEAD):
+            more = [draw.random.randrange(AHEAD if draw.spatial < 3 else 3) for _ in range(draw.spatial)]
+            more[dim] = extra
+            yield tuple(n + e for n, e in zip(b.minimum, more, strict=True))
+
+
+def borders(draw: Draw) -> str:
+    """Border classes of a chain: equal at every size from the minimum on, an error below."""
+    chain = regular_chain(draw) if draw.random.random() < 0.7 else draw.chain(draw.random.choice([2, 3]))
+    try:
+        b = bordered(tuple(form.geometry for form in chain))
+        merged = build_bordered(b, chain, torch.float64)
+    except Refusal as refusal:
+        return re.sub(r"\d+", "#", refusal.reason)
+    cost = math.prod(m + AHEAD for m in b.minimum) * math.prod(b.whole.up) * b.whole.kernel[0] ** draw.spatial
+    if cost > 1e6:
+        return "too large to try"
+    for size in sizes(draw, b):
+        x = draw.input(chain[0].geometry.in_channels, size)
+        expected = run(chain, x)
+        assert expected is not None, f"the chain does not run at {size}"
+        found = merged(x)
+        assert found.shape == expected.shape, f"{found.shape} for {expected.shape} at {size}"
+        assert torch.equal(found, expected), f"another result at {size}"
+    for dim, side in enumerate(b.sides):
+        if side.ends.blocks and b.minimum[dim] > 1:
+            small = [n - (d == dim) for d, n in enumerate(b.minimum)]
+            with pytest.raises(AssertionError, match="needs an input of at least"):
+                merged(draw.input(chain[0].geometry.in_channels, small))
+    count = len(b.keys)
+    residues = max(side.ends.residues for side in b.sides)
+    return "exact, no borders" if count == 1 else "exact by residues" if residues > 1 else "exact"
+
+
+def refused_or_exact(draws: int, spatial: int, first: int = 0) -> Counter[str]:
+    outcomes = laws.check(borders, draws, spatial, first)
+    assert outcomes["exact"] >= 0.1 * draws, outcomes
+    assert outcomes["exact by residues"] >= 0.02 * draws, outcomes
+    return outcomes
+
+
+@pytest.mark.parametrize(("spatial", "draws"), [(1, 150), (2, 100), (3, 40)])
+def test_refused_or_exact(spatial: int, draws: int) -> None:
+    refused_or_exact(draws, spatial)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("spatial", "draws"), [(1, 1200), (2, 800), (3, 300)])
+def test_refused_or_exact_at_length(spatial: int, draws: int) -> None:
+    outcomes = refused_or_exact(draws, spatial, first=10_000)
+    print(spatial, dict(outcomes.most_common()))
+
+
+def pixel_shuffle(channels: int, rate: int) -> Affine:
+    axis = Axis(rate, rate, 1, 1, rate - 1, rate - 1)
+    one_hot = torch.eye(rate**2, dtype=torch.float64).reshape(1, rate**2, rate, rate).flip(2, 3)
+    weight = one_hot.repeat(channels, 1, 1, 1)
+    return Affine(from_axes(channels * rate**2, channels, channels, [axis, axis]), weight)
+
+
+def upscaler(draw: Draw, channels: int, rates: Sequence[int]) -> list[Affine]:
+    """The tail of EDSR: conv, shuffle, ..., conv."""
+    chain = []
+    for rate in rates:
+        chain.append(draw.form(channels, channels * rate**2, [SAME, SAME]))
+        chain.append(pixel_shuffle(channels, rate))
+    return [*chain, draw.form(channels, 3, [SAME, SAME])]
+
+
+@pytest.mark.parametrize("rates", [(2,), (3,), (2, 2)])
+def test_the_tail_of_an_upscaler_is_nine_kernels_and_a_shuffle(rates: tuple[int, ...]) -> None:
+    draw = Draw(1, 2)
+    chain = upscaler(draw, 5, rates)
+    b = bordered(tuple(form.geometry for form in chain))
+    merged = build_bordered(b, chain, torch.float64)
+    assert (len(b.keys), b.low.kernel, b.rate, b.minimum) == (9, (5, 5), math.prod(rates), (3, 3))
+    corners = {"top_left", "top_right", "bottom_left", "bottom_right"}
+    sides = {"top", "bottom", "left", "right"}
+    assert {name for name, _ in merged.named_children()} == {"interior"} | corners | sides
+    for size in ((3, 3), (3, 4), (7, 5), (6, 11)):
+        x = draw.input(5, size)
+        assert torch.equal(merged(x), run(chain, x))
+        assert torch.equal(merged(x[0]), run(chain, x)[0])
+
+
+def test_each_dimension_by_itself() -> None:
+    """A leak in the width alone needs classes in the width alone."""
+    draw = Draw(2, 2)
+    chain = [draw.form(3, 4, [POINT, SAME]), draw.form(4, 2, [Axis(3, 1, 1, 1, 0, 0), SAME])]
+    b = bordered(tuple(form.geometry for form in chain))
+    assert [side.ends.blocks for side in b.sides] == [0, 2]
+    merged = build_bordered(b, chain, torch.float64)
+    assert {name for name, _ in merged.named_children()} == {"interior", "left", "right"}
+    x = draw.input(3, (4, 6))
+    assert torch.equal(merged(x), run(chain, x))
+
+
+def test_a_strided_stem_has_last_kernels_for_every_residue() -> None:
+    draw = Draw(3, 2)
+    chain = [draw.form(3, 5, [STRIDED, STRIDED]), draw.form(5, 4, [STRIDED, STRIDED])]
+    b = bordered(tuple(form.geometry for form in chain))
+    assert (b.low.kernel, b.low.down, b.sides[0].ends.residues) == ((7, 7), (4, 4), 4)
+    merged = build_bordered(b, chain, torch.float64)
+    assert merged.bottom_right.weight.shape[:2] == (4, 4)
+    for size in itertools.product(range(9, 13), range(9, 13)):
+        x = draw.input(3, size)
+        assert torch.equal(merged(x), run(chain, x)), size
+
+
+def test_grouped_chains_stay_grouped() -> None:
+    draw = Draw(4, 2)
+    chain = [
+        draw.numbers(from_axes(12, 12, 12, [SAME, SAME], bias=True)),
+        draw.numbers(from_axes(12, 6, 6, [SAME, SAME], bias=True)),
+    ]
+    b = bordered(tuple(form.geometry for form in chain))
+    assert b.low.groups == 6
+    x = draw.input(12, (5, 4))
+    assert torch.equal(build_bordered(b, chain, torch.float64)(x), run(chain, x))
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ([[STRIDED], [NEAREST]], "after a stride"),
+        ([[SAME], [NEAREST], [SAME]], "no operator that interleaves"),
+        ([[SAME]] * 4, "kernels of their own at the borders"),
+        ([[STRIDED]] * 4, "modulo 16"),
+    ],
+)
+def test_refusals_say_why(dims: list[list[Axis]], reason: str) -> None:
+    draw = Draw(5, 1)
+    chain = [draw.geometry(2, 2, axes) for axes in dims]
+    with pytest.raises(Refusal, match=reason):
+        bordered(tuple(chain))
