@@ -102,8 +102,9 @@ def layer_cost(layer: Layer, size: Sequence[int], *, batch: int = 1, dtype_size:
         macs = batch * g.macs(size)
         moved = _activations(g, size) * batch + g.weights
         return Cost(_latency(RATES[name], macs * work, moved * dtype_size), macs, g.weights)
-    rate = RATES["shuffle" if layer.kind == "shuffle" else "pad"]
-    return Cost(_latency(rate, 0, _activations(g, size) * batch * dtype_size), 0, 0)
+    kind = {"shuffle": "shuffle", "avg_pool": "pool", "nearest": "upsample"}.get(layer.kind, "pad")
+    taps = batch * g.macs(size) if kind == "pool" else 0
+    return Cost(_latency(RATES[kind], taps, _activations(g, size) * batch * dtype_size), 0, 0)
 
 
 def emission_cost(emission: Emission, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4) -> Cost:

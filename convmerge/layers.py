@@ -57,7 +57,10 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
     try:
         form = site_numbers(site, decider.evidence)
         emission = site.emission
-        if form.geometry != site.geometry:  # a bias turned out to be zero
+        resampled = any(layer.kind in ("avg_pool", "nearest") for layer in emission.layers)
+        if resampled and form.bias is None and site.geometry.bias:
+            form = form.with_bias(torch.zeros(form.geometry.out_channels, dtype=torch.float64))
+        elif form.geometry != site.geometry:  # a bias turned out to be zero
             emission, _ = decider.planner.cheapest(form.geometry, site.home_place)
         exact = emit.build(form, emission, torch.float64)
         layer = emit.build(form, emission, like.dtype, device=like.device, requires_grad=like.requires_grad)

@@ -17,11 +17,12 @@ from convmerge.affine import Affine, Geometry
 from convmerge.algebra import lift, lift_geometry
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence, is_tensor
-from convmerge.cost import ZERO, Cost, Objective, cheapest, operator_cost
-from convmerge.emit import Emission
+from convmerge.cost import ZERO, Cost, Objective, cheapest, emission_cost, operator_cost
+from convmerge.emit import Emission, swapped
 from convmerge.errors import Refusal
 from convmerge.fold import (
     Place,
+    after,
     axes_along,
     cover,
     cover_geometry,
@@ -197,8 +198,25 @@ class Planner:
         if covers_map(elements):
             geometry = cover_geometry(geometry, home_place.size)
         emission, cost = self.cheapest(geometry, home_place)
+        if (other := self._swapped(elements, runs, home_place)) is not None:
+            emission, cost = min((emission, cost), other, key=lambda pair: pair[1].key(self.objective))
         emptied = tuple(run for index, run in enumerate(runs) if index != home)
         return Site(elements, place, runs[home], emptied, home_place, geometry, emission, before, cost)
+
+    def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> tuple[Emission, Cost] | None:
+        """A channel mix on the other side of an average pool or a nearest upsampling, where the two swap."""
+        solid = [e for e in elements if not _is_same(e)]
+        first, last = _resampling(solid[0]), _resampling(solid[-1])
+        if len(runs) != 1 or (first == "nearest") == (last == "avg_pool"):
+            return None
+        try:
+            parts = (solid[:1], solid[1:]) if first == "nearest" else (solid[:-1], solid[-1:])
+            inner = fold_geometry(parts[0], place)
+            outer = fold_geometry(parts[1], after(place, inner))
+            emission = swapped(outer, inner, "nearest" if first == "nearest" else "avg_pool")
+        except Refusal:
+            return None
+        return emission, emission_cost(emission, place.size, batch=place.batch)
 
     def cheapest(self, geometry: Geometry, place: Place) -> tuple[Emission, Cost]:
         """The cheapest way to build a form at a place. Raises Refusal where there is none."""
@@ -383,6 +401,14 @@ def _is_filler(element: Element) -> bool:
 
 def _is_same(element: Element) -> bool:
     return isinstance(element, Leaf) and isinstance(element.step, Same)
+
+
+def _resampling(element: Element) -> str:
+    """The kind of a resampling that treats all channels alike, or the empty string."""
+    if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
+        return ""
+    kind = element.step.kind.split()[0]
+    return kind if kind in ("nearest", "avg_pool") else ""
 
 
 def _is_passage(element: Element) -> bool:

@@ -55,13 +55,17 @@ def _merge_row(
         operators=_operators(site.elements),
         geometry=describe_geometry(site.geometry),
         action="merge" if refusal is None else "refuse",
-        reason=f"one {site.emission}" if refusal is None else refusal,
+        reason=_outcome(site) if refusal is None else refusal,
         evidence=("static" if static else "observed") if refusal is None else "",
         tree=_tree(site.elements),
         error=found.error if found is not None else None,
         bound=found.bound if found is not None else None,
         **_figures(site.before, site.after),
     )
+
+
+def _outcome(site: Site) -> str:
+    return f"one {site.emission}" if len(site.emission.layers) == 1 else str(site.emission)
 
 
 def _denial_row(decider: Decider, denial: Denial) -> SiteReport:

@@ -2,6 +2,6 @@
 
 from convmerge.emit.build import build, round_once
 from convmerge.emit.layer import Emission, Kind, Layer
-from convmerge.emit.ways import emissions
+from convmerge.emit.ways import emissions, swapped
 
-__all__ = ["Emission", "Kind", "Layer", "build", "emissions", "round_once"]
+__all__ = ["Emission", "Kind", "Layer", "build", "emissions", "round_once", "swapped"]

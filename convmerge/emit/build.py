@@ -76,6 +76,12 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
         form = polyphase(form, emission.shift)
     layer = next(x for x in emission.layers if x.kind in ("linear", "conv", "conv_transpose"))
     weight, groups = form.weight, form.geometry.groups
+    kinds = {x.kind for x in emission.layers}
+    if "avg_pool" in kinds or "nearest" in kinds:
+        # The resampling's taps are alike: their sum is the mix under a mean, any one the mix above a copy.
+        taps = weight.flatten(2)
+        mix = taps.sum(2) if "avg_pool" in kinds else taps.mean(2)
+        return mix.reshape(*mix.shape, *layer.geometry.kernel), form.bias
     if layer.kind == "linear":
         return expand_groups(weight, groups, 1), form.bias
     if form.ones is not None:
@@ -107,6 +113,11 @@ def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
         sizes = (g.kernel, g.up, *transposed_padding(g))
         args = (g.in_channels, g.out_channels, *sizes, g.groups, g.bias, g.dilation)
         return cast(nn.Module, conv(*args, **new))
+    if layer.kind == "avg_pool":
+        pool: Any = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[n - 1]
+        return cast(nn.Module, pool(g.kernel, g.down, g.lo))
+    if layer.kind == "nearest":
+        return nn.Upsample(scale_factor=tuple(float(u) for u in g.up))
     if layer.kind == "shuffle":
         return nn.PixelShuffle(g.up[0])
     if layer.kind == "ones":

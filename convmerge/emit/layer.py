@@ -8,7 +8,7 @@ from typing import Literal
 from convmerge.affine import Dims, Geometry
 from convmerge.algebra.axis import axes, words
 
-Kind = Literal["linear", "conv", "conv_transpose", "pad", "ones", "shuffle"]
+Kind = Literal["linear", "conv", "conv_transpose", "pad", "ones", "shuffle", "avg_pool", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ def _describe(layer: Layer) -> str:
     if layer.kind == "pad":
         sides = ", ".join(f"{lo}…{hi}" for lo, hi in zip(g.lo, g.hi, strict=True))
         return f"ZeroPad{n}d({sides})"
+    if layer.kind == "avg_pool":
+        return f"AvgPool{n}d({words(g.kernel)})"
+    if layer.kind == "nearest":
+        return f"Upsample(nearest, {words(g.up)})"
     if layer.kind == "linear":
         return f"Linear({g.in_channels}, {g.out_channels})"
     options = {"stride": g.down, "padding": g.lo, "dilation": g.dilation}

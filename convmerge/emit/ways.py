@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Literal
 
 from convmerge.affine import Geometry
+from convmerge.algebra import commutes_geometry
 from convmerge.algebra.axis import Axis, axes, from_axes
 from convmerge.algebra.polyphase import polyphase_axis, polyphase_geometry
 from convmerge.emit.layer import Emission, Layer
@@ -125,3 +127,18 @@ def _pads(channels: int, sides: Sequence[tuple[int, int]]) -> Iterator[Layer]:
 def _shuffle(channels: int, rate: int) -> Geometry:
     axis = Axis(rate, rate, 1, 1, rate - 1, rate - 1)
     return from_axes(channels * rate**2, channels, channels, (axis, axis))
+
+
+def swapped(outer: Geometry, inner: Geometry, kind: Literal["avg_pool", "nearest"]) -> Emission:
+    """outer ∘ inner, a channel mix and a resampling of ``kind``, with the mix at the lower resolution.
+
+    Raises:
+        Refusal: the two do not swap, or already stand in that order.
+    """
+    if inner.pointwise != (kind == "avg_pool"):
+        raise Refusal("the channel mix runs at the lower resolution already")
+    second, first = commutes_geometry(outer, inner)
+    mix = Layer("conv", second if kind == "avg_pool" else first)
+    none = (0,) * outer.spatial
+    layers = (Layer(kind, first), mix) if kind == "avg_pool" else (mix, Layer(kind, second))
+    return Emission(layers, none, none)
