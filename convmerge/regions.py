@@ -6,6 +6,7 @@ An element takes one value to another: an operator (a leaf), or a sum of branche
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from torch.fx.node import Node
 
 from convmerge.capture import Call, Evidence, is_tensor, live_calls, nodes_of
-from convmerge.constants import memory_root
+from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
 from convmerge.recognise import BorderFill, Context, Filter, Passage, Same, Scalar, Step, Sum, recognise
 from convmerge.recognise.border import overwritten_pads, with_beginnings
@@ -107,7 +108,7 @@ class _Reduction:
         self.uses = self._count_uses()
 
     def run(self) -> Regions:
-        stale = stale_readers(self.evidence, self.writes)
+        stale = stale_readers(self.evidence, self.context.constants, self.writes)
         for node in live_calls(list(self.evidence.calls)):
             call = self.evidence.calls[node]
             if node in self.context.constants or call.op in CHECKS or node in self.writes:
@@ -121,7 +122,8 @@ class _Reduction:
                 self._reduce_sum(node, step)
             else:
                 self.element[node] = Leaf(step.source, node, step)
-        return Regions(self._chains(), self.refused, tuple(self.unknown))
+        unknown = tuple(call for call in self.unknown if call.node not in through)
+        return Regions(self._chains(), self.refused, unknown)
 
     def _recognise(self, node: Node, call: Call, stale: set[Node]) -> None:
         if node in stale:
@@ -284,13 +286,13 @@ def calls_of(elements: Sequence[Element]) -> list[Node]:
     return list(dict.fromkeys(nodes))
 
 
-def stale_readers(evidence: Evidence, understood: Set[Node] = frozenset()) -> set[Node]:
-    """Calls that read a value after its memory was written to through another name.
-
-    Writes that are ``understood`` as part of what makes the value do not count.
+def stale_readers(evidence: Evidence, constants: Constants, understood: Set[Node] = frozenset()) -> set[Node]:
+    """Calls on data that read a value after its memory was written to through another name.
 
     The graph connects a write's result to its later readers, but not its effect on older names and views of
-    the same memory; what such a reader sees cannot be told from the graph's edges.
+    the same memory; what such a reader sees cannot be told from the graph's edges. The value of a constant
+    is what all writes have left in its memory, so it is wrong for whoever reads it before the last of them.
+    Writes that are ``understood`` as part of what makes the value do not count.
     """
     writes: dict[Node, list[int]] = {}
     for node, call in evidence.calls.items():
@@ -301,10 +303,12 @@ def stale_readers(evidence: Evidence, understood: Set[Node] = frozenset()) -> se
         return stale
     for node, call in evidence.calls.items():
         for source in nodes_of((node.args, node.kwargs)):
-            if not is_tensor(source):
+            if node in constants or not is_tensor(source):
                 continue
-            known = _as_of(source, evidence)
-            if any(known < write < call.index for write in writes.get(memory_root(source), ())):
+            since, until = _as_of(source, evidence), call.index
+            if source in constants:
+                since, until = until, sys.maxsize
+            if any(since < write < until for write in writes.get(memory_root(source), ())):
                 stale.add(node)
     return stale
 

@@ -124,8 +124,12 @@ def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteRe
 
 
 def _place(decider: Decider, elements: Sequence[Element]) -> str:
+    """The module that contains the operators where it is one of theirs, else the first and the last."""
     paths = [p for p in site_paths(decider.evidence, elements) if p] or [""]
-    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+    for path in paths:
+        if all(other == path or other.startswith(f"{path}.") for other in paths):
+            return path
+    return f"{paths[0]} … {paths[-1]}"
 
 
 def _operators(elements: Sequence[Element]) -> tuple[str, ...]:
@@ -146,17 +150,18 @@ def _branch(branch: Sequence[Element]) -> str:
 
 
 def _tree(elements: Sequence[Element], indent: str = "") -> tuple[str, ...]:
-    """One line per operator, branches indented; empty where there are no branches."""
-    if not any(isinstance(element, Block) for element in elements):
-        return tuple(indent + name for name in _operators(elements)) if indent else ()
+    """A line per operator and per branch, branches indented; empty where there are no branches."""
     lines: list[str] = []
+    if not any(isinstance(element, Block) for element in elements):
+        return ()
     for element in elements:
-        if isinstance(element, Block):
-            lines.append(f"{indent}sum of {len(element.branches)} branches")
-            for branch in element.branches:
-                lines.extend(_tree(branch, indent + "  ") or (f"{indent}  {_branch(branch)}",))
-        else:
+        if isinstance(element, Leaf):
             lines.extend(indent + name for name in _operators([element]))
+            continue
+        lines.append(f"{indent}sum of {len(element.branches)} branches")
+        for branch in element.branches:
+            words = " → ".join(_operators(branch)) or "identity"
+            lines.extend(_tree(branch, indent + "  ") or (f"{indent}  {words}",))
     return tuple(lines)
 
 
