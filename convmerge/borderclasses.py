@@ -163,8 +163,8 @@ def class_form(b: Bordered, forms: Sequence[Affine], key: Key, residue: Sequence
 
 
 def _canvas(side: Side, residue: int) -> int:
-    """The smallest input size of a residue class."""
-    least = side.ends.minimum
+    """An input size of a residue class with two inner blocks, of which the first is then complete."""
+    least = side.ends.minimum + side.inner.down
     return least + (residue - least) % side.ends.residues
 
 
