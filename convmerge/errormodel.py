@@ -151,9 +151,8 @@ class Float64:
     def __call__(self, run: Run) -> Reading:
         inputs = run.inputs.to(torch.float64)
         truth, b64 = call(self.a, inputs), None
-        with contextlib.suppress(
-            Exception
-        ):  # a model that fixes dtypes, as traced ones do, is not wrong for it
+        # That the other model fixes a dtype, as traced ones do, is nothing against it.
+        with contextlib.suppress(Exception):
             b64 = call(self.b, inputs)
         if not same_build(truth, run.a):  # as many boxes as rounding leaves above a threshold, say
             return Reading(run.a)
