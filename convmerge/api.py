@@ -15,12 +15,12 @@ from convmerge.cost import Objective
 from convmerge.counts import count
 from convmerge.decide import Decider, Decisions
 from convmerge.inputs import Inputs, as_inputs
+from convmerge.io.check import check_module
 from convmerge.layers import Built, build
 from convmerge.probes import bisect
 from convmerge.report import Report, Verification
 from convmerge.rewrite import Replacement, apply
 from convmerge.sites import describe_sites, describe_unknown
-from convmerge.static import StaticProofs
 from convmerge.verify import compare
 
 Progress = Callable[[str, int, int], None]
@@ -65,6 +65,7 @@ class _Run:
     def decide(self) -> tuple[Decider, Decisions]:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        check_module(self.model)
         if any(module.training for module in self.model.modules()):
             self.warnings.append("the model is in train mode; it was treated, and is written, in eval mode")
         with self.stage("capture"):
@@ -82,13 +83,12 @@ class _Run:
         return decider, decisions
 
     def report(self, decider: Decider, decisions: Decisions, built: Sequence[Built], **more: Any) -> Report:
-        proofs = StaticProofs(decider.scratch, decider.evidence.signatures)
         return Report(
             command=self.command,
             model=type(self.model).__name__,
             inputs=self.inputs.describe(),
             inputs_inferred=self.inputs.inferred,
-            sites=describe_sites(decider, decisions, built, proofs),
+            sites=describe_sites(decider, decisions, built),
             unknown=describe_unknown(decisions.regions),
             warnings=tuple(self.warnings),
             seconds=self.seconds,

@@ -19,6 +19,7 @@ from convmerge.plan import ChainPlan, Denial, Planner, Site
 from convmerge.recognise import Context
 from convmerge.regions import Chain, Element, Regions, calls_of, find_regions
 from convmerge.retrace import Trace, cut, retrace
+from convmerge.static import StaticProofs
 
 # How much of a model's MACs one merge may add where it is predicted to be faster all the same.
 SPARE_MACS = 0.001
@@ -67,6 +68,7 @@ class Decider:
         constants = Constants(self.evidence)
         self.constants = constants
         self.frames = Frames(self.evidence, constants)
+        self.proofs = StaticProofs(self.scratch, self.evidence.signatures)
         regions = find_regions(Context(self.evidence, constants))
         self.planner = planner = Planner(self.frames, self.objective, self._forbidden, self._allowed)
         planner.spare_macs = SPARE_MACS * sum(planner.macs(chain) for chain in regions.chains)
@@ -121,6 +123,8 @@ class Decider:
                 problems[site] = f"the code of {edit.owner} is part of a larger site"
             if (reason := self._tied(site, edits, edit)) is not None:
                 problems[site] = reason
+            if self.evidence.eager and not self.proofs.proves(edit):
+                problems[site] = "torch.export cannot follow the model, and no trace proves this part of it"
         return problems
 
     def _tied(self, site: Site, edits: dict[Site, Edit], edit: Edit) -> str | None:

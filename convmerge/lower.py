@@ -117,7 +117,7 @@ def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -
     owner = _innermost_common(frames, [home, *emptied])
     if owner.path not in frames.evidence.signatures:
         raise Refusal(unit_reason)
-    return _as_graph(frames, owner, home, emptied)
+    return _as_graph(frames, owner, home, emptied, model)
 
 
 def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
@@ -234,17 +234,20 @@ WEIGHT_HOOKS = frozenset({"WeightNorm", "SpectralNorm", "BasePruningMethod"})
 
 
 def _check_module(model: nn.Module, path: str) -> None:
-    """Site conditions on a module that is to be replaced."""
+    """Site conditions on a module that is to be replaced, with all that is in it."""
     for name, module in model.get_submodule(path).named_modules():
-        hooks = [
-            *module._forward_hooks.values(),
-            *module._backward_hooks.values(),
-            *module._forward_pre_hooks.values(),
-        ]
-        for hook in hooks:
-            if not WEIGHT_HOOKS & {cls.__name__ for cls in type(hook).__mro__}:
-                where = f"{path}.{name}".strip(".")
-                raise Refusal(f"{where} has a hook, which would be lost")
+        _check_hooks(module, f"{path}.{name}".strip("."))
+
+
+def _check_hooks(module: nn.Module, path: str) -> None:
+    hooks = [
+        *module._forward_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+    ]
+    for hook in hooks:
+        if not WEIGHT_HOOKS & {cls.__name__ for cls in type(hook).__mro__}:
+            raise Refusal(f"{path or 'the model'} has a hook, which would be lost")
 
 
 def _innermost_common(frames: Frames, runs: Sequence[Run]) -> Frame:
@@ -257,19 +260,23 @@ def _innermost_common(frames: Frames, runs: Sequence[Run]) -> Frame:
     return common
 
 
-def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run]) -> GraphEdit:
+def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], model: nn.Module) -> GraphEdit:
     if any(block.partial for run in (home, *emptied) for block in blocks(run.elements)):
         raise Refusal("the sum has a term that starts from another value")
     position = {node: index for index, node in enumerate(frames.calls[owner])}
     calls = {node for run in (home, *emptied) for node in calls_of(run.elements)}
+    for path in {frame.path for node in calls for frame in (owner, *_below(frames.call(node), owner))}:
+        _check_hooks(model.get_submodule(path), path)
     opened: set[str] = set()
     for node in calls:
-        for frame in frames.call(node).stack:
-            inner = frame.path != owner.path and frame in frames.data and frame.path.startswith(owner.path)
-            if inner and not frames.data[frame] <= calls:
-                opened.add(frame.path)
+        opened.update(f.path for f in _below(frames.call(node), owner) if not frames.data[f] <= calls)
 
     def where(run: Run) -> tuple[int, ...]:
         return tuple(sorted(position[n] for n in calls_of(run.elements)))
 
     return GraphEdit(owner.path, where(home), tuple(where(run) for run in emptied), frozenset(opened))
+
+
+def _below(call: Call, owner: Frame) -> tuple[Frame, ...]:
+    """The module calls inside ``owner`` that a call ran in."""
+    return call.stack[call.stack.index(owner) + 1 :]

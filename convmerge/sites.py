@@ -16,19 +16,16 @@ from convmerge.plan import Denial, Site
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.regions import Block, Element, Leaf, Regions, calls_of, leaves
 from convmerge.report import SiteReport
-from convmerge.static import StaticProofs
 
 
-def describe_sites(
-    decider: Decider, decisions: Decisions, built: Sequence[Built], proofs: StaticProofs
-) -> tuple[SiteReport, ...]:
+def describe_sites(decider: Decider, decisions: Decisions, built: Sequence[Built]) -> tuple[SiteReport, ...]:
     """Every site of the model in execution order, with what becomes of it and why."""
     outcome = {id(b.decision): b for b in built}
     rows: list[tuple[int, SiteReport]] = []
     for decision in decisions.merges:
         b = outcome.get(id(decision))
         refusal = b.refusal if b is not None else None
-        static = proofs.proves(decision.edit)
+        static = decider.proofs.proves(decision.edit)
         for site in (decision.site, *decision.also):
             rows.append((_when(decider, site.elements), _merge_row(decider, site, b, refusal, static)))
     for denial in decisions.denials:
