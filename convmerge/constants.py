@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence, nodes_of
+from convmerge.capture import Call, Evidence, nodes_of
 
 
 class Constants:
     """Which values of the evidence graph are constant, and their values.
 
     A value is constant if it depends on parameters, buffers and literals alone and none of what it depends
-    on is random or written to by something that depends on an input.
+    on is random, written to by something that depends on an input, or a buffer that every run changes.
     """
 
     def __init__(self, evidence: Evidence) -> None:
@@ -34,7 +34,7 @@ class Constants:
                     continue
                 sources = nodes_of((node.args, node.kwargs))
                 random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-                if random or any(source in data for source in sources):
+                if random or any(source in data for source in sources) or _drifts(evidence, call):
                     data.add(node)
                     if call.mutates and sources and sources[0] not in data:
                         data.update(_memory_of(sources[0]))
@@ -93,6 +93,33 @@ class Constants:
             wide = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
             return wide.clone() if wide is tensor and self._mutable else wide
         return run_call(node, self._known.__getitem__)
+
+
+OVERWRITES = frozenset({"copy", "fill", "zero"})
+
+
+def _drifts(evidence: Evidence, call: Call) -> bool:
+    """Whether a call makes a parameter or a buffer another one after every run of the model.
+
+    Overwriting it with what does not depend on it leaves the same every time.
+    """
+    sources = nodes_of((call.node.args, call.node.kwargs)) if call.mutates else []
+    if not sources or (written := memory_root(sources[0])) not in evidence.tensors:
+        return False
+    return call.op not in OVERWRITES or any(_depends(other, written) for other in sources[1:])
+
+
+def _depends(node: Node, on: Node) -> bool:
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current is on:
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
 
 
 def run_call(node: Node, lookup: Any) -> Any:

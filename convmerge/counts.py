@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from convmerge.capture import copy_model
 from convmerge.inputs import Inputs
 from convmerge.report import Counts
 
@@ -54,18 +55,13 @@ class _Counter(TorchFunctionMode):
 
 
 def count(model: nn.Module, inputs: Inputs) -> Counts:
-    """Run ``model`` once, in eval mode and without gradients, and count; its training flag is kept.
+    """Run a copy of ``model`` once, in eval mode and without gradients, and count.
 
     MACs are those of convolutions and linear layers; parameters are counted once where they are shared.
     """
     inputs = inputs.clone()
-    modes = {module: module.training for module in model.modules()}
+    scratch = copy_model(model).eval()  # a forward may change buffers and attributes
     with torch.no_grad(), _Counter() as counter:
-        model.eval()
-        try:
-            model(*inputs.args, **inputs.kwargs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        scratch(*inputs.args, **inputs.kwargs)
     parameters = sum(p.numel() for p in model.parameters())
     return Counts(dict(sorted(counter.calls.items())), counter.macs, parameters)
