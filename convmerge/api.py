@@ -17,11 +17,11 @@ from convmerge.decide import Decider, Decisions
 from convmerge.inputs import Inputs, as_inputs
 from convmerge.io.check import check_module
 from convmerge.layers import Built, build
-from convmerge.probes import bisect
 from convmerge.report import Report, Verification
 from convmerge.rewrite import Replacement, apply
 from convmerge.sites import describe_sites, describe_unknown
-from convmerge.verify import compare
+from convmerge.verification.compare import compare
+from convmerge.verification.probes import bisect
 
 Progress = Callable[[str, int, int], None]
 GUILTY = "with it, the whole model does not pass its check"

@@ -270,7 +270,7 @@ def _same_as(model: nn.Module, inputs: Inputs) -> Callable[[nn.Module], None]:
     """A check that a model read back from its file still is ``model``. It raises NotSameError."""
 
     def check(reloaded: nn.Module) -> None:
-        from convmerge.verify import compare
+        from convmerge.verification.compare import compare
 
         verdict = compare(model, reloaded, inputs, more=False)
         if not verdict.equal:

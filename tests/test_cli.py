@@ -215,7 +215,7 @@ def test_a_file_that_reads_back_differently_is_not_kept(
     def fuse_then_doubt(*arguments: Any, **options: Any) -> api.Result:
         result = fused(*arguments, **options)
         doubt = Verification(False, "a bit flipped")
-        monkeypatch.setattr(sys.modules["convmerge.verify"], "compare", lambda *_, **__: doubt)
+        monkeypatch.setattr(sys.modules["convmerge.verification.compare"], "compare", lambda *_, **__: doubt)
         return result
 
     monkeypatch.setattr(api, "fuse", fuse_then_doubt)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from convmerge.errors import ConvmergeError, Refusal
 from convmerge.inputs import Inputs
-from convmerge.verify import FAIL, bisect, compare, probe, rounded_once
+from convmerge.verification.compare import FAIL, bisect, compare, probe, rounded_once
 
 HALF = [torch.float32, torch.float16, torch.bfloat16]
 

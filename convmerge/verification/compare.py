@@ -1,8 +1,8 @@
 """Are two models, or an original site and its merge, the same function?
 
-:func:`probe` looks at one merge in float64 and is the sharp instrument (see :mod:`convmerge.probes`);
+:func:`~convmerge.verification.probe` looks at one merge in float64 and is the sharp instrument;
 :func:`compare` looks at whole models in their own dtype and judges them by their rounding errors (see
-:mod:`convmerge.errormodel`).
+:mod:`convmerge.verification.errormodel`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from convmerge import errormodel, variants
-from convmerge.errormodel import FAIL, Reading, Reference, Run, Size, call, floating, private
 from convmerge.errors import ConvmergeError
-from convmerge.outputs import Leaves, mismatch
-from convmerge.probes import Probe, bisect, first_line, probe, rounded_once
 from convmerge.report import Comparison, Verification
+from convmerge.verification import errormodel, variants
+from convmerge.verification.errormodel import FAIL, Reading, Reference, Run, Size, call, floating, private
+from convmerge.verification.outputs import Leaves, mismatch
+from convmerge.verification.probes import Probe, bisect, first_line, probe, rounded_once
 
 if TYPE_CHECKING:
     from convmerge.inputs import Inputs

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from convmerge.outputs import Leaves, leaves
-from convmerge.probes import first_line
+from convmerge.verification.outputs import Leaves, leaves
+from convmerge.verification.probes import first_line
 
 if TYPE_CHECKING:
     from convmerge.inputs import Inputs

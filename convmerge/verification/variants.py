@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from convmerge.outputs import shape_text
+from convmerge.verification.outputs import shape_text
 
 if TYPE_CHECKING:
     from convmerge.inputs import Inputs
