@@ -13,7 +13,7 @@ from convmerge import emit
 from convmerge.decide import Decider, Decision, Decisions
 from convmerge.errors import Refusal
 from convmerge.plan import Site, site_numbers
-from convmerge.probes import Probe, probe, rounded_once
+from convmerge.verification.probes import Probe, probe, rounded_once
 from convmerge.recognise import Filter
 from convmerge.regions import leaves
 from convmerge.replay import Replay
