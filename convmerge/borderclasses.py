@@ -84,6 +84,11 @@ class Bordered:
         """All classes, the interior included."""
         return list(itertools.product(*(range(len(side.segments)) for side in self.sides)))
 
+    @property
+    def interior(self) -> Key:
+        """The class of what no padding inside the chain reaches."""
+        return tuple(len(side.ends.first) for side in self.sides)
+
     def residues(self, key: Key) -> Dims:
         """Per dimension the number of kernels that a class has."""
         return tuple(side.residues(k) for side, k in zip(self.sides, key, strict=True))

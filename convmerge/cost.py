@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from convmerge.affine import Geometry
+from convmerge.borderclasses import Bordered
 from convmerge.emit import Emission, Kind, Layer, emissions
 
 Objective = Literal["latency", "macs", "params"]
@@ -61,6 +62,7 @@ RATES = {
     "depthwise": Rate(100e9, 45e9, 45e-6),
     "transposed": Rate(180e9, 7.5e9, 9e-6),
     "transposed depthwise": Rate(4.5e9, 10e9, 20e-6),
+    "border": Rate(45e9, 17e9, 12e-6),
     "linear": Rate(100e9, 70e9, 4e-6),
     "elementwise": Rate(math.inf, 150e9, 2e-6),
     "batch norm": Rate(math.inf, 110e9, 8e-6),
@@ -113,6 +115,26 @@ def emission_cost(emission: Emission, size: Sequence[int], *, batch: int = 1, dt
     for layer in emission.layers:
         total = total + layer_cost(layer, size, batch=batch, dtype_size=dtype_size)
         size = layer.geometry.out_size(size)
+    return total
+
+
+def bordered_cost(b: Bordered, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4) -> Cost:
+    """Cost of an interior kernel, of the kernels of all border classes, and of putting them together."""
+    total = ZERO
+    for key in b.keys:
+        layer, at = Layer("conv", b.layer(key)), b.layer_size(key, size)
+        cost = layer_cost(layer, at, batch=batch, dtype_size=dtype_size)
+        if key != b.interior:
+            moved = dtype_size * (_activations(layer.geometry, at) * batch + layer.geometry.weights)
+            cost = replace(cost, latency=_latency(RATES["border"], cost.macs, moved))
+        weights = cost.weights * math.prod(b.residues(key))
+        total = total + replace(cost, weights=weights)
+    outputs = batch * b.low.out_channels * math.prod(b.low.out_size(size))
+    joins = sum(side.ends.blocks > 0 for side in b.sides)
+    for _ in range(joins):
+        total = total + operator_cost("pad", outputs, dtype_size=dtype_size)
+    if b.rate > 1:
+        total = total + operator_cost("pixel_shuffle", outputs, dtype_size=dtype_size)
     return total
 
 

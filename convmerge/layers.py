@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from convmerge import emit
+from convmerge.borderclasses import Bordered
+from convmerge.borderplan import border_numbers
 from convmerge.decide import Decider, Decision, Decisions
+from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
 from convmerge.plan import Site, site_numbers
-from convmerge.verification.probes import Probe, probe, rounded_once
 from convmerge.recognise import Filter
 from convmerge.regions import leaves
 from convmerge.replay import Replay
+from convmerge.verification.probes import Probe, probe, rounded_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +58,10 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
     site = decision.site
     like = _like(decider, site)
     try:
-        form = site_numbers(site, decider.evidence)
-        emission = site.emission
-        resampled = any(layer.kind in ("avg_pool", "nearest") for layer in emission.layers)
-        if resampled and form.bias is None and site.geometry.bias:
-            form = form.with_bias(torch.zeros(form.geometry.out_channels, dtype=torch.float64))
-        elif form.geometry != site.geometry:  # a bias turned out to be zero
-            emission, _ = decider.planner.cheapest(form.geometry, site.home_place)
-        exact = emit.build(form, emission, torch.float64)
-        layer = emit.build(form, emission, like.dtype, device=like.device, requires_grad=like.requires_grad)
-        if len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
-            layer, exact = _flattened(layer), _flattened(exact)
+        if isinstance(site.emission, Bordered):
+            exact, layer = _bordered(site, site.emission, like)
+        else:
+            exact, layer = _plain(decider, site, site.emission, like)
         rounded_once(layer, exact)
         found = _probe(decider, site, exact, seed)
         for other in decision.also:
@@ -77,6 +73,31 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
         reason = f"differs from the original by {found.error:.1e} in float64, more than rounding explains"
         return Built(decision, layer, found, reason)
     return Built(decision, layer, found)
+
+
+def _plain(
+    decider: Decider, site: Site, emission: emit.Emission, like: Tensor
+) -> tuple[nn.Module, nn.Module]:
+    """One form, as layers in float64 and in the dtype of ``like``."""
+    form = site_numbers(site, decider.evidence)
+    resampled = any(layer.kind in ("avg_pool", "nearest") for layer in emission.layers)
+    if resampled and form.bias is None and site.geometry.bias:
+        form = form.with_bias(torch.zeros(form.geometry.out_channels, dtype=torch.float64))
+    elif form.geometry != site.geometry:  # a bias turned out to be zero
+        emission, _ = decider.planner.cheapest(form.geometry, site.home_place)
+    exact = emit.build(form, emission, torch.float64)
+    layer = emit.build(form, emission, like.dtype, device=like.device, requires_grad=like.requires_grad)
+    if len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
+        layer, exact = _flattened(layer), _flattened(exact)
+    return exact, layer
+
+
+def _bordered(site: Site, b: Bordered, like: Tensor) -> tuple[nn.Module, nn.Module]:
+    """An interior kernel and border kernels, in float64 and in the dtype of ``like``."""
+    forms = border_numbers(site.elements, site.place)
+    exact = build_bordered(b, forms, torch.float64)
+    layer = build_bordered(b, forms, like.dtype, device=like.device, requires_grad=like.requires_grad)
+    return exact, layer
 
 
 def _flattened(layer: nn.Module) -> nn.Module:

@@ -15,6 +15,8 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import lift, lift_geometry
+from convmerge.borderclasses import Bordered
+from convmerge.borderplan import border_option, border_pays
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence, is_tensor
 from convmerge.cost import ZERO, Cost, Objective, cheapest, emission_cost, operator_cost
@@ -38,6 +40,7 @@ from convmerge.regions import Block, Chain, Element, Leaf, leaves
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
 WINDOW = 48
+BORDERED_WINDOW = 12  # border classes of more than a few filters with padding do not pay
 
 Forbidden = Mapping[tuple[Node, Node], str]
 
@@ -59,7 +62,7 @@ class Site:
     emptied: tuple[Run, ...]
     home_place: Place
     geometry: Geometry
-    emission: Emission
+    emission: Emission | Bordered
     before: Cost
     after: Cost
 
@@ -172,11 +175,42 @@ class Planner:
                 site = self._site(elements, before)
             except Refusal:
                 if not any(_is_passage(e) for e in elements):
+                    parts.extend(self._bordered_parts(chain, first, last))
                     break
                 continue
             if site is not None and self._affordable(site):
                 parts.append(_Part(first, end, site.after, site))
         return parts
+
+    def _bordered_parts(self, chain: Chain, first: int, least: int) -> list[_Part]:
+        """Segments that begin at ``first``, end at ``least`` or later, and pay as border classes."""
+        parts: list[_Part] = []
+        for last in range(least, min(first + BORDERED_WINDOW, len(chain))):
+            elements = chain[first : last + 1]
+            following = chain[last + 1] if last + 1 < len(chain) else None
+            if _is_filler(chain[last]) and not _is_same(chain[last]):
+                break
+            if following is not None and _is_same(following):
+                continue  # identities behind belong to the site
+            before = sum((self._cost_as_is(element) for element in elements), ZERO)
+            try:
+                site = self._bordered_site(elements, before)
+            except Refusal:
+                break
+            if site is not None and (self.objective == "params" or border_pays(before, site.after)):
+                parts.append(_Part(first, last, site.after, site))
+        return parts
+
+    def _bordered_site(self, elements: Chain, before: Cost) -> Site | None:
+        """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""
+        place = place_of(self.evidence, elements)
+        if place is None or ends_of(elements) in self.forbidden or not self.allowed(elements):
+            return None
+        if (option := border_option(elements, place, before)) is None:
+            return None
+        b, cost = option
+        _check_place(b.whole, place)
+        return Site(elements, place, Run(elements), (), place, b.whole, b, before, cost)
 
     def _affordable(self, site: Site) -> bool:
         """Predicted time decides only among merges that do not raise the MACs by more than a trifle.

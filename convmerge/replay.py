@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine
+from convmerge.borderclasses import Bordered
+from convmerge.borderplan import border_canvases
 from convmerge.capture import Evidence
 from convmerge.constants import Constants, run_call
 from convmerge.fold import Place, geometry_of, numbers_of, place_of
@@ -82,6 +84,8 @@ class Replay:
         if fixed or any(self._evidence.calls[node].op in RESHAPES for node in self._calls):
             return [place.shape]
         lead = tuple(min(n, 1 if place.size else 2) for n in place.shape[: place.axis])
+        if isinstance(self._site.emission, Bordered):
+            return [(*lead, place.channels, *size) for size in border_canvases(self._site.emission)]
         if len(place.size) != g.spatial:
             return [(*lead, *place.shape[place.axis :])]
         need = [_canvas(*dim) for dim in zip(g.kernel, g.dilation, g.lo, g.hi, g.up, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from convmerge.affine import Geometry
+from convmerge.borderclasses import Bordered
 from convmerge.cost import Cost
 from convmerge.decide import Decider, Decisions, site_paths
 from convmerge.errors import Refusal
@@ -62,7 +63,9 @@ def _merge_row(
 
 
 def _outcome(site: Site) -> str:
-    return f"one {site.emission}" if len(site.emission.layers) == 1 else str(site.emission)
+    emission = site.emission
+    single = not isinstance(emission, Bordered) and len(emission.layers) == 1
+    return f"one {emission}" if single else str(emission)
 
 
 def _denial_row(decider: Decider, denial: Denial) -> SiteReport:

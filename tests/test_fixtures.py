@@ -88,7 +88,7 @@ CASES = {
     "block_diagonal_two_step": Case({"conv": 1}, ("--input", "1,6")),
     "conv_chain": Case({"conv": 1}),
     "do_conv": Case({"conv": 2}, ALLOW),
-    "edsr": Case(None),
+    "edsr": Case(None, traced=True),
     "hypernetwork": Case({"conv": 2, "linear": 2}, (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")),
     "linear_head": Case({"conv": 1, "linear": 1}),
     "lora": Case({"linear": 2}, ALLOW),

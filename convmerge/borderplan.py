@@ -1,0 +1,79 @@
+"""Border classes in planning: which stretches of a chain they could pay for, and the numbers of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from convmerge.affine import Affine, Geometry
+from convmerge.algebra import compose_geometry
+from convmerge.algebra.axis import words
+from convmerge.borderclasses import Bordered, bordered
+from convmerge.cost import Cost, bordered_cost
+from convmerge.errors import Refusal
+from convmerge.fold import Place, after, geometry_of, numbers_of
+from convmerge.recognise import Same
+from convmerge.regions import Element, Leaf
+
+MARGIN = 1.15  # predicted time as it is, over that of the border classes; many small calls vary more
+ROOM = 2  # the example must have this many times the smallest size, so that somewhat smaller ones run too
+HOPELESS = 16  # a composition with this many times the MACs does not come back by what follows
+
+
+def border_stages(elements: Sequence[Element], place: Place) -> tuple[Geometry, ...]:
+    """The geometry of every element. Raises Refusal."""
+    stages = []
+    for element in elements:
+        if not (isinstance(element, Leaf) and isinstance(element.step, Same)):
+            stages.append(geometry_of(element, place))
+            place = after(place, stages[-1])
+    return tuple(stages)
+
+
+def border_numbers(elements: Sequence[Element], place: Place) -> list[Affine]:
+    """The forms of :func:`border_stages` in float64."""
+    forms = []
+    for element in elements:
+        if not (isinstance(element, Leaf) and isinstance(element.step, Same)):
+            forms.append(numbers_of(element, place))
+            place = after(place, forms[-1].geometry)
+    return forms
+
+
+def border_option(elements: Sequence[Element], place: Place, before: Cost) -> tuple[Bordered, Cost] | None:
+    """Border classes for elements in a row, and their cost; None where more MACs rule them out.
+
+    Raises:
+        Refusal: they are not exact, not for maps as small as these, or hopeless for what follows too.
+    """
+    stages = border_stages(elements, place)
+    whole = stages[0]
+    for stage in stages[1:]:
+        whole = compose_geometry(stage, whole)
+    macs = place.batch * whole.macs(place.size)
+    if macs > HOPELESS * max(before.macs, 1):
+        raise Refusal(f"{macs / max(before.macs, 1):.0f}× the MACs as one operator")
+    if macs > before.macs or place.axis > 1:
+        return None
+    b = bordered(stages)
+    if any(n < ROOM * least for n, least in zip(place.size, b.minimum, strict=True)):
+        raise Refusal(f"a map of {words(place.size)} is mostly borders")
+    return b, bordered_cost(b, place.size, batch=place.batch)
+
+
+def border_pays(before: Cost, after: Cost) -> bool:
+    """Whether border classes are clearly faster, with no more MACs."""
+    return after.macs <= before.macs and MARGIN * after.latency <= before.latency
+
+
+def border_canvases(b: Bordered) -> list[tuple[int, ...]]:
+    """Input sizes to check border classes at: the smallest, each of the next seven, and all residues."""
+    span, residues = 8, max(side.ends.residues for side in b.sides)
+    span = math.lcm(span, residues)
+    strides = (1, 3, 5)
+    sizes = [
+        tuple(n + (strides[dim] * i + dim * k) % span for dim, n in enumerate(b.minimum))
+        for k in range(residues)
+        for i in range(span)
+    ]
+    return list(dict.fromkeys(sizes))
