@@ -199,9 +199,9 @@ def _run(model: nn.Module, inputs: Inputs) -> Evidence:
 
     forward._orig_mod = model  # type: ignore[attr-defined]  # says whose modules the calls belong to
     with quiet(), _record_calls(model) as recorded, torch.no_grad():
-        traced = make_fx(forward, pre_dispatch=True, record_module_stack=True)(
-            *inputs.args, *inputs.kwargs.values()
-        )
+        traced = make_fx(
+            forward, pre_dispatch=True, record_module_stack=True, _error_on_data_dependent_ops=False
+        )(*inputs.args, *inputs.kwargs.values())
     tensors: dict[Node, tuple[str, Tensor]] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" and isinstance(value := getattr(traced, node.target), Tensor):

@@ -123,11 +123,11 @@ class Ecb(nn.Module):
         self.sbx = MaskedConv(i, o, sobel)
         self.sby = MaskedConv(i, o, [list(row) for row in zip(*sobel, strict=True)])
         self.lpl = MaskedConv(i, o, [[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-        self.act = nn.PReLU(o)
+        self.act, self.with_idt = nn.PReLU(o), i == o
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv3x3(x) + self.pair(x) + self.sbx(x) + self.sby(x) + self.lpl(x)
-        if x.shape[1] == y.shape[1]:
+        if self.with_idt:
             y += x
         return self.act(y)
 

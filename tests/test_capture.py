@@ -1,0 +1,323 @@
+"""The evidence: what a model really computes, whatever its code looks like; the model stays as it is."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captured import Function, Pair, assert_close, evidence_of, random, randomised, regions_of
+from torch import Tensor, nn
+
+import convmerge
+from convmerge.capture import ROOT, capture, copy_model
+from convmerge.constants import Constants
+from convmerge.errors import ConvmergeError
+from convmerge.inputs import Inputs, as_inputs
+from convmerge.regions import stale_readers
+
+MAP = (2, 6, 7, 9)
+
+
+def ops(model: nn.Module, *args: Any) -> list[str]:
+    return [call.op for call in evidence_of(model, *args).calls.values()]
+
+
+def test_modules_functions_and_methods_are_one_vocabulary() -> None:
+    conv, w = nn.Conv2d(6, 5, 3), random(5, 6, 3, 3)
+    forms = [
+        Function(lambda m, x: m.conv(x).relu(), conv=conv),
+        Function(lambda m, x: F.relu(F.conv2d(x, m.w, m.b)), w=w, b=random(5)),
+        Function(lambda m, x: torch.relu(torch.conv2d(x, m.w, m.b)), w=w, b=random(5)),
+        Function(lambda m, x: m.conv.forward(x).relu_(), conv=conv),
+    ]
+    assert [ops(form.double(), random(*MAP)) for form in forms] == [["conv2d", "relu"]] * 4
+
+
+def test_arguments_have_their_schema_names_and_defaults() -> None:
+    evidence = evidence_of(Function(lambda _, x: F.avg_pool2d(x, (3, 2), padding=1)), random(*MAP))
+    (call,) = evidence.calls.values()
+    assert call.args["kernel_size"] == [3, 2]
+    assert call.args["padding"] == [1, 1]
+    assert call.args["ceil_mode"] is False
+    assert call.args["count_include_pad"] is True
+    assert call.args["self"] in evidence.inputs
+
+
+def test_writes_in_place_are_seen_under_the_plain_name() -> None:
+    def forward(_: Any, x: Tensor) -> Tensor:
+        y = x * 2
+        y += x
+        y[:, 1].fill_(3)
+        return F.relu(y, inplace=True)
+
+    evidence = evidence_of(Function(forward), random(*MAP))
+    seen = [(call.op, call.mutates) for call in evidence.calls.values()]
+    assert seen == [("mul", False), ("add", True), ("select", False), ("fill", True), ("relu", True)]
+
+
+def test_every_call_names_the_modules_it_ran_in() -> None:
+    block = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(6, 5, 1)))
+    evidence = evidence_of(randomised(Function(lambda m, x: m.body(x) * 2, body=block)), random(*MAP))
+    stacks = {
+        call.op + str(i): [f.path for f in call.stack] for i, call in enumerate(evidence.calls.values())
+    }
+    assert stacks == {
+        "conv2d0": ["", "body", "body.0"],
+        "relu1": ["", "body", "body.1", "body.1.0"],
+        "conv2d2": ["", "body", "body.1", "body.1.1"],
+        "mul3": [""],
+    }
+    assert all(call.stack[0] == ROOT for call in evidence.calls.values())
+
+
+def test_a_module_called_twice_has_a_frame_for_each_call() -> None:
+    model = randomised(Function(lambda m, x: m.conv(m.conv(x)), conv=nn.Conv2d(6, 6, 3)))
+    evidence = evidence_of(model, random(*MAP))
+    first, second = [call.stack[-1] for call in evidence.calls.values()]
+    assert first.path == second.path == "conv"
+    assert first != second
+    assert evidence.signatures["conv"].calls == 2
+
+
+def test_a_module_of_two_names_has_the_first_one_everywhere() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(6, 6, 3))
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    evidence = evidence_of(randomised(Shared()), random(*MAP))
+    assert [call.path for call in evidence.calls.values()] == ["first.0", "first.0"]
+    assert set(evidence.signatures) == {"", "first", "first.0"}
+    assert evidence.signatures["first.0"].calls == 2
+
+
+def test_signatures_tell_how_modules_are_called() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, *, flip: bool = False) -> Tensor:
+            return y - x if flip else x - y
+
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    class Several(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x + 1
+
+    model = Function(
+        lambda m, x: m.plain(m.two(*m.several(m.named(x=x)), flip=True)),
+        two=Two(), named=Named(), several=Several(), plain=nn.ReLU(),
+    )  # fmt: skip
+    signatures = evidence_of(model, random(*MAP)).signatures
+    assert {path: s.unary for path, s in signatures.items()} == {
+        "": True, "two": False, "named": False, "several": False, "plain": True,
+    }  # fmt: skip
+    two = signatures["two"]
+    assert [tuple(a.shape) for a in two.args] == [MAP, MAP]
+    assert two.kwargs == {"flip": True}
+    assert not two.args[0].any()
+
+
+def test_keyword_arguments_of_the_model() -> None:
+    class Keyword(nn.Module):
+        def forward(self, image: Tensor, scale: Tensor | None = None, *, bias: Tensor) -> Tensor:
+            return image + bias if scale is None else image * scale + bias
+
+    x, s, b = random(*MAP), random(6, 1, 1, seed=1), random(6, 1, 1, seed=2)
+    evidence = evidence_of(Keyword(), bias=b, image=x)
+    assert [call.op for call in evidence.calls.values()] == ["add"]
+    assert len(evidence.inputs) == 2
+    evidence = capture(Keyword(), Inputs((x, s), {"bias": b}))
+    assert [call.op for call in evidence.calls.values()] == ["mul", "add"]
+
+
+def test_inputs_that_are_not_used_or_no_tensors() -> None:
+    model = Pair(lambda _, x, y: x * 2 if y else x)
+    evidence = evidence_of(model, random(*MAP), True)
+    assert [call.op for call in evidence.calls.values()] == ["mul"]
+    assert ops(Pair(lambda _, x, y: x * 2), random(*MAP), random(3)) == ["mul"]
+
+
+def test_nested_outputs_are_all_outputs() -> None:
+    model = Function(lambda _, x: {"a": [x * 2, (x + 1).relu()], "b": (x, None)})
+    evidence = evidence_of(model, random(*MAP))
+    named = {evidence.calls[n].op if n in evidence.calls else "input" for n in evidence.outputs}
+    assert named == {"mul", "relu", "input"}
+
+
+class Rewriting(nn.Module):
+    """As SPAN does in eval mode: the forward sets another layer's weight and calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(6, 5, 3), nn.Conv2d(6, 5, 1)
+        self.eval_conv = nn.Conv2d(6, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.eval_conv.weight.data = self.a.weight.detach() + F.pad(self.b.weight.detach(), (1, 1, 1, 1))
+        self.eval_conv.bias.data = self.a.bias.detach() + self.b.bias.detach()
+        return self.eval_conv(x)
+
+
+class Choosing(nn.Module):
+    """Control flow on values, which torch.export refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5))
+        self.head = nn.Conv2d(5, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.head(self.body(x).tanh()))
+        return y.relu() if float(y.abs().sum()) > 0 else y
+
+
+def test_a_model_that_export_cannot_follow_is_run() -> None:
+    evidence = evidence_of(randomised(Choosing()), random(*MAP))
+    assert evidence.eager
+    assert [c.path for c in evidence.calls.values() if c.op == "conv2d"] == ["body.0", "head"]
+    named = {name for name, _ in evidence.tensors.values()}
+    assert {"body.0.weight", "body.1.running_mean", "norm.running_var"} <= named
+
+
+def test_a_model_that_rewrites_its_own_weights_is_the_same_when_fused() -> None:
+    model, x = randomised(Rewriting()), random(*MAP)
+    result = convmerge.fuse(model, x)
+    with torch.no_grad():
+        assert_close(result.model(x), model(x))
+
+
+def test_a_model_that_chooses_by_value_is_fused_where_its_code_is_proof() -> None:
+    model, x = randomised(Choosing()), random(*MAP)
+    result = convmerge.fuse(model, x)
+    (site,) = result.report.merged()
+    assert site.place == "body.0 … body.1"
+    assert site.evidence == "static"
+    assert any("one real run" in warning for warning in result.report.warnings)
+    with torch.no_grad():
+        assert_close(result.model(x), model(x))
+
+
+@pytest.mark.parametrize("make", [Rewriting, Choosing])
+def test_the_model_and_the_inputs_are_unchanged(make: type[nn.Module]) -> None:
+    model, x = randomised(make()), random(*MAP)
+    model.train()
+    state, given = {k: v.clone() for k, v in model.state_dict().items()}, x.clone()
+    flags, names = {m: m.training for m in model.modules()}, [n for n, _ in model.named_modules()]
+    evidence_of(model, x)
+    assert torch.equal(x, given)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert {m: m.training for m in model.modules()} == flags
+    assert [n for n, _ in model.named_modules()] == names
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_forward_that_changes_its_input_leaves_the_callers_alone() -> None:
+    model, x = Function(lambda _, x: x.mul_(2).add_(1)), random(*MAP)
+    given = x.clone()
+    evidence = evidence_of(model, x)
+    assert torch.equal(x, given)
+    assert [(c.op, c.mutates) for c in evidence.calls.values()] == [("mul", True), ("add", True)]
+
+
+def test_a_model_that_does_not_run_is_an_error_with_its_message() -> None:
+    with pytest.raises(ConvmergeError, match=r"captured by torch\.export.*expected input") as caught:
+        evidence_of(nn.Conv2d(6, 5, 3).double(), random(2, 4, 7, 9))
+    assert caught.value.hint is not None
+
+
+def test_a_copy_shares_no_memory_and_takes_computed_tensors() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 5, 3), nn.ReLU())
+    model[0].cached = model[0].weight * 2  # type: ignore[assignment]
+    copied = copy_model(model)
+    storages = {t.data_ptr() for t in model.state_dict().values()}
+    assert not storages & {t.data_ptr() for t in copied.state_dict().values()}
+    assert torch.equal(copied[0].cached, model[0].cached)  # type: ignore[arg-type]
+    assert model[0].cached.grad_fn is not None
+
+
+# --- Writes through other names -----------------------------------------------------------------------------
+
+
+def through_a_view(_: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(-1).add_(1)
+    return y * 3
+
+
+def through_the_base(_: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    view = y.view(y.shape)
+    y.mul_(5)
+    return view * 3
+
+
+def through_a_flatten(_: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    flat = y.flatten(1)
+    flat[:, 0] = 7
+    return y * 3
+
+
+def the_result_of_a_write(_: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y = y.add_(1)
+    return y * 3
+
+
+def before_the_write(_: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    z = y * 3
+    y.add_(1)
+    return z
+
+
+def a_copy(_: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    z = y.clone()
+    z[:, 0] = 0
+    return y * 3
+
+
+@pytest.mark.parametrize(
+    ("forward", "stale"),
+    [
+        (through_a_view, True), (through_the_base, True), (through_a_flatten, True),
+        (the_result_of_a_write, False), (before_the_write, False), (a_copy, False),
+    ],
+)  # fmt: skip
+def test_readers_of_memory_that_was_written_to_since(forward: Any, stale: bool) -> None:
+    model, x = Function(forward), random(*MAP)
+    evidence = evidence_of(model, x)
+    found = stale_readers(evidence, Constants(evidence))
+    assert ("mul" in {evidence.calls[node].op for node in found}) == stale
+    _, regions = regions_of(model, x)
+    assert ("reads memory that was written to in between" in regions.refused.values()) == stale
+
+
+@pytest.mark.parametrize("forward", [through_a_view, through_the_base, through_a_flatten, a_copy])
+def test_such_models_are_still_right_when_fused(forward: Any) -> None:
+    conv = nn.Conv2d(6, 6, 3, padding=1)
+    model = randomised(
+        Function(lambda m, x: m.norm(m.conv(forward(m, x))), conv=conv, norm=nn.BatchNorm2d(6))
+    )
+    result = convmerge.fuse(model, random(*MAP))
+    for seed in range(3):
+        x = random(*MAP, seed=seed)
+        with torch.no_grad():
+            assert_close(result.model(x.clone()), model(x.clone()))
+
+
+def test_signature_of_capture_takes_any_kind_of_inputs() -> None:
+    assert list(inspect.signature(capture).parameters) == ["model", "inputs"]
+    x = random(*MAP)
+    for given in (x, (x,), [x], {"x": x}, Inputs((x,), {})):
+        assert len(capture(Function(lambda _, x: x * 2), as_inputs(given)).calls) == 1
