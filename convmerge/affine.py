@@ -34,6 +34,7 @@ class Geometry:
         in_channels, out_channels, groups: as in ``torch.nn.Conv2d``.
         kernel, up, down, dilation, lo, hi: one int per spatial dimension; empty for a linear layer.
         bias: whether the bias can differ from zero.
+        phased: whether the bias can depend on the output position (after upsampling).
         ones: whether there is a kernel over a channel of ones.
     """
 
@@ -48,6 +49,7 @@ class Geometry:
     hi: Dims
     bias: bool = False
     ones: bool = False
+    phased: bool = False
 
     @property
     def spatial(self) -> int:
@@ -126,6 +128,9 @@ class Affine:
             raise ValueError(f"weight of shape {tuple(self.weight.shape)} for a form of shape {shape}")
         if (g.bias, g.ones) != (self.bias is not None, self.ones is not None):
             raise ValueError("geometry does not say whether there is a bias and a kernel over ones")
+        phased = self.bias is not None and self.bias.dim() > 1
+        if g.phased != phased:  # decided on geometry alone, it is a guess on the safe side
+            object.__setattr__(self, "geometry", replace(g, phased=phased))
 
     def with_bias(self, bias: Tensor | None) -> Affine:
         """The same filter with another bias."""

@@ -40,6 +40,7 @@ from convmerge.regions import Block, Chain, Element, Leaf, leaves
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
 WINDOW = 48
+LESS = 1 - 1e-3  # a merge must cost less than what it replaces by more than the sums' rounding
 BORDERED_WINDOW = 12  # border classes of more than a few filters with padding do not pay
 
 Forbidden = Mapping[tuple[Node, Node], str]
@@ -178,9 +179,14 @@ class Planner:
                     parts.extend(self._bordered_parts(chain, first, last))
                     break
                 continue
-            if site is not None and self._affordable(site):
+            if site is not None and self._affordable(site) and self._cheaper(site.after, site.before):
                 parts.append(_Part(first, end, site.after, site))
         return parts
+
+    def _cheaper(self, after: Cost, before: Cost) -> bool:
+        """Whether a merge gains anything: what is rebuilt as it was must not count as one."""
+        (new, new_latency), (old, old_latency) = after.key(self.objective), before.key(self.objective)
+        return new < old * LESS or (new <= old and new_latency < old_latency * LESS)
 
     def _bordered_parts(self, chain: Chain, first: int, least: int) -> list[_Part]:
         """Segments that begin at ``first``, end at ``least`` or later, and pay as border classes."""
@@ -343,7 +349,7 @@ class Planner:
             return Denial(elements, place, refusal.reason)
         if site is None:
             return Denial(elements, place, "left out by --only or --skip")
-        if self._affordable(site) and site.after.key(self.objective) < before.key(self.objective):
+        if self._affordable(site) and self._cheaper(site.after, before):
             return Denial(elements, place, "another grouping is cheaper", before, site.after)
         return Denial(elements, place, "costs more as one operator", before, site.after)
 

@@ -90,7 +90,7 @@ CASES = {
     "do_conv": Case({"conv": 2}, ALLOW),
     "edsr": Case(None, traced=True),
     "hypernetwork": Case({"conv": 2, "linear": 2}, (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")),
-    "linear_head": Case({"conv": 1, "linear": 1}),
+    "linear_head": Case({"conv": 1}),
     "lora": Case({"linear": 2}, ALLOW),
     "mobilenet": Case(None),
     "repvgg": Case({"adaptive_avg_pool": 1, "conv": 4, "linear": 1}, ALLOW, traced=True),

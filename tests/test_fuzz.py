@@ -143,7 +143,7 @@ def check(seed: int) -> Counter[str]:
 
 def test_random_models() -> None:
     actions: Counter[str] = Counter()
-    for seed in range(12):
+    for seed in range(30):
         actions += check(seed)
     assert actions["merge"] > 10
 

@@ -77,6 +77,7 @@ import sys
 for name in ("convmerge", "torch_files", "test_io_save"):
     sys.modules[name] = None  # importing it raises
 import torch
+torch.set_num_threads(int(sys.argv[2]))
 directory = sys.argv[1]
 x = torch.load(directory + "/x.pt")
 for name in ("plain", "traced", "checkpoint"):
@@ -97,7 +98,7 @@ def test_written_files_load_with_torch_alone(tmp_path: Path) -> None:
     save(model, tmp_path / "plain.pt")
     save(traced, tmp_path / "traced.pt")
     save(traced, tmp_path / "checkpoint.pt", like=open_model(tmp_path / "in.pt"))
-    command = [sys.executable, "-c", LOAD_ALONE, str(tmp_path)]
+    command = [sys.executable, "-c", LOAD_ALONE, str(tmp_path), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
 

@@ -67,10 +67,11 @@ def from_axes(
     dims: Iterable[Axis],
     bias: bool = False,
     ones: bool = False,
+    phased: bool = False,
 ) -> Geometry:
     """A geometry with these spatial dimensions."""
     kernel, up, down, dilation, lo, hi = zip(*dims, strict=True) if (dims := tuple(dims)) else ((),) * 6
-    return Geometry(in_channels, out_channels, groups, kernel, up, down, dilation, lo, hi, bias, ones)
+    return Geometry(in_channels, out_channels, groups, kernel, up, down, dilation, lo, hi, bias, ones, phased)
 
 
 @lru_cache(maxsize=65536)

@@ -97,7 +97,8 @@ def _stack_geometry(forms: tuple[Geometry, ...]) -> Geometry:
 def _aligned_geometry(forms: Sequence[Geometry], out_channels: int, groups: int) -> Geometry:
     dims, _ = _align(forms)
     bias, ones = any(f.bias for f in forms), any(f.ones for f in forms)
-    return from_axes(forms[0].in_channels, out_channels, groups, dims, bias, ones)
+    phased = any(g.phased for g in forms)
+    return from_axes(forms[0].in_channels, out_channels, groups, dims, bias, ones, phased)
 
 
 def _align(forms: Sequence[Geometry]) -> tuple[list[Axis], list[tuple[Placement, ...]]]:

@@ -34,7 +34,8 @@ def compose_geometry(outer: Geometry, inner: Geometry) -> Geometry:
     dims = [compose_axis(o, i).axis for o, i in zip(axes(outer), axes(inner), strict=True)]
     groups = math.gcd(outer.groups, inner.groups)
     bias = outer.bias or inner.bias
-    return from_axes(inner.in_channels, outer.out_channels, groups, dims, bias, inner.ones)
+    phased = outer.phased or inner.phased or (inner.bias and math.prod(outer.up) > 1)
+    return from_axes(inner.in_channels, outer.out_channels, groups, dims, bias, inner.ones, phased)
 
 
 def compose(outer: Affine, inner: Affine) -> Affine:

@@ -32,7 +32,10 @@ def emissions(g: Geometry) -> tuple[Emission, ...]:
         return tuple(_convolutions(g))
     if math.prod(g.down) > 1:
         raise Refusal("no layer of torch.nn upsamples and strides at once")
-    return (_transposed(g), *_shuffled(g))
+    if not g.phased:
+        return (_transposed(g), *_shuffled(g))
+    # No transposed convolution has a bias that depends on the position; over a channel of ones it has.
+    return tuple(_shuffled(g)) or (_transposed(replace(g, bias=False, ones=True, phased=False)),)
 
 
 def _convolutions(g: Geometry) -> Iterator[Emission]:
