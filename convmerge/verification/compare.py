@@ -35,10 +35,11 @@ MORE_SAMPLES = 3  # further inputs run in float64 where the usual two leave doub
 def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: bool = True) -> Verification:
     """Whether b computes what a does, up to rounding, in eval mode; neither model nor the inputs are changed.
 
-    With ``more`` they are also run on other values, on a batch of three and on another spatial size, each
-    only where a runs on it; then b must run too. Float64 runs, which are slow, are spent on the given inputs
-    and on the smallest of these; on the others a's error, relative to the scale of its output, is taken to be
-    the same. Where that makes a ratio suspicious, all are run in float64 as well, and a few more.
+    With ``more`` they are also run on other values, on another spatial size and on a batch of three (of that
+    size, which is smaller), each only where a runs on it; then b must run too. Float64 runs, which are slow,
+    are spent on the given inputs and on the smallest; on the others a's error, relative to the scale of its
+    output, is taken to be the same. Where that makes a ratio suspicious, all are run in float64 as well, and
+    a few more.
 
     Integer and boolean outputs must be equal, except where rounding decides (an argmax, a sort) in a as well.
     NaN and infinities must be in the same places, except where a overflows and is finite in float64.
@@ -51,9 +52,8 @@ def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: 
         pair = _Pair(private(a), private(b))
         try:
             runs, refused = _run_all(pair, inputs, seed, more)
-            smallest = min(runs, key=lambda run: variants.numel(run.inputs))
-            reference = errormodel.reference(a, b, smallest, seed)
-            readings = _read(pair, runs, smallest, reference, seed)
+            reference, first = errormodel.reference(a, b, runs[0], seed)
+            readings = _read(pair, runs, first, reference, seed)
         except _NotEqualError as error:
             return Verification(False, str(error))
     return _verdict(runs, readings, refused, reference.note)
@@ -99,19 +99,15 @@ def _run_all(pair: _Pair, inputs: Inputs, seed: int, more: bool) -> tuple[list[R
     _check_repeatable(first.a, again)
     _check_informative(first.a)
     runs, refused = [first], []
-    generator = torch.Generator().manual_seed(seed)
-    batch = variants.another_batch(inputs, generator)
-    kinds = {
-        "other values": iter([variants.fresh(inputs, generator)]),
-        "another batch size": iter([batch] if batch else []),
-        "other spatial sizes": variants.other_sizes(inputs, generator),
-    }
-    for kind, candidates in kinds.items() if more else ():
-        run = _first_accepted(pair, candidates)
-        if run is None:
-            refused.append(kind)
-        else:
-            runs.append(run)
+    if more:
+        generator = torch.Generator().manual_seed(seed)
+        sized = _first_accepted(pair, variants.other_sizes(inputs, generator))
+        cheap = sized.inputs if sized else inputs
+        batched = _first_accepted(pair, variants.other_batches(cheap, generator))
+        valued = None if batched else _first_accepted(pair, iter([variants.fresh(cheap, generator)]))
+        runs += [run for run in (sized, batched, valued) if run]
+        accepted = {"other spatial sizes": sized, "another batch size": batched}
+        refused = [name for name, run in accepted.items() if not run]
     return runs, refused
 
 
@@ -157,12 +153,13 @@ def _check_informative(outputs: Leaves) -> None:
         )
 
 
-def _read(pair: _Pair, runs: list[Run], smallest: Run, reference: Reference, seed: int) -> list[Reading]:
-    """Measure the first and the smallest run; where that leaves doubts, all, and some more that are added.
+def _read(pair: _Pair, runs: list[Run], first: Reading, reference: Reference, seed: int) -> list[Reading]:
+    """Measure the smallest run too; where that leaves doubts, all, and some more that are added to the runs.
 
     Raises _NotEqualError for integers that differ and for misplaced NaN and infinities.
     """
-    readings = [reference(run) if run in (runs[0], smallest) else Reading(run.a) for run in runs]
+    smallest = min(runs, key=lambda run: variants.numel(run.inputs))
+    readings = [first, *(reference(run) if run is smallest else Reading(run.a) for run in runs[1:])]
     if max(errormodel.ratios(runs, readings)) > WARN or any(map(errormodel.misplaced, runs, readings)):
         generator = torch.Generator().manual_seed(seed + 1)
         for _ in range(MORE_SAMPLES):

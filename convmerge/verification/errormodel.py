@@ -186,20 +186,22 @@ def nudged(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def reference(a: nn.Module, b: nn.Module, trial: Run, seed: int) -> Reference:
-    """The float64 one if it beats the model's own dtype and the original runs so on ``trial``."""
+def reference(a: nn.Module, b: nn.Module, first: Run, seed: int) -> tuple[Reference, Reading]:
+    """What to measure against, and its first reading: float64, if that is better and the original runs so."""
     weights = (x for x in (*a.parameters(), *a.buffers()) if x.is_floating_point())
-    if {x.dtype for x in (*weights, *(x for _, x in floating(trial.a)))} == {torch.float64}:
-        return Itself(a, seed)
+    if {x.dtype for x in (*weights, *(x for _, x in floating(first.a)))} == {torch.float64}:
+        made: Reference = Itself(a, seed)
+        return made, made(first)
     try:
         made = Float64(a, b)
-        truth = call(made.a, trial.inputs.to(torch.float64))
-        if all(x.dtype == torch.float64 for _, x in floating(truth)):
-            return made
+        reading = made(first)
+        if all(x.dtype == torch.float64 for _, x in floating(reading.truth)):
+            return made, reading
         reason = "it does not keep float64 throughout"
     except Exception as error:
         reason = first_line(error)
-    return Itself(a, seed, f"the original cannot be run in float64: {reason}")
+    made = Itself(a, seed, f"the original cannot be run in float64: {reason}")
+    return made, made(first)
 
 
 def floating(outputs: Leaves) -> Iterable[tuple[str, Tensor]]:

@@ -23,22 +23,21 @@ def fresh(inputs: Inputs, generator: torch.Generator) -> Inputs:
     return _map(inputs, lambda x: _redraw(x, tuple(x.shape), generator))
 
 
-def another_batch(inputs: Inputs, generator: torch.Generator) -> Inputs | None:
-    """Three samples (two where three were given); None where no tensor has a leading dimension.
+def other_batches(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
+    """Three samples (two where three were given); nothing where no tensor has a leading dimension.
 
     The batch size is the first tensor's leading dimension; the tensors that share it are resized.
     """
     batched = [x for x in _tensors(inputs) if x.dim() > 0]
     if not batched:
-        return None
+        return
     given = batched[0].shape[0]
     size = 2 if given == 3 else 3
-    return _map(
-        inputs,
-        lambda x: _redraw(
-            x, (size, *x.shape[1:]) if x.dim() and x.shape[0] == given else tuple(x.shape), generator
-        ),
-    )
+
+    def shape(x: Tensor) -> tuple[int, ...]:
+        return (size, *x.shape[1:]) if x.dim() and x.shape[0] == given else tuple(x.shape)
+
+    yield _map(inputs, lambda x: _redraw(x, shape(x), generator))
 
 
 def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
