@@ -175,6 +175,8 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     canonical = canonical_paths(model)
     with quiet(), _record_calls(model) as recorded, torch.no_grad():
         program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
+    if any("_has_compatible_shallow_copy_type" in str(node.target) for node in program.graph.nodes):
+        raise ValueError("it replaces the .data of a tensor, which the exported graph does not show")
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     tensors: dict[Node, tuple[str, Tensor]] = {}
     for node in program.graph.nodes:

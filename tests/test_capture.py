@@ -188,8 +188,15 @@ def test_a_model_that_export_cannot_follow_is_run() -> None:
     assert {"body.0.weight", "body.1.running_mean", "norm.running_var"} <= named
 
 
-def test_a_model_that_rewrites_its_own_weights_is_the_same_when_fused() -> None:
-    model, x = randomised(Rewriting()), random(*MAP)
+def test_the_weights_that_a_model_gives_itself_are_what_is_merged() -> None:
+    model, x = randomised(nn.Sequential(Rewriting(), nn.BatchNorm2d(5))), random(*MAP)
+    evidence = evidence_of(model, x)
+    assert evidence.eager
+    with torch.no_grad():
+        model(x)
+    weights = [value for name, value in evidence.tensors.values() if name == "0.eval_conv.weight"]
+    assert weights
+    assert all(torch.equal(value, model[0].eval_conv.weight) for value in weights)  # type: ignore[union-attr]
     result = convmerge.fuse(model, x)
     with torch.no_grad():
         assert_close(result.model(x), model(x))
