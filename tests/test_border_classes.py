@@ -5,19 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import laws
 import pytest
 import torch
 from generate import Draw, run
+from torch import nn
+from torch.export import Dim
 
+import convmerge
 from convmerge.affine import Affine
 from convmerge.algebra.axis import POINT, Axis, from_axes
 from convmerge.borderclasses import Bordered, bordered
 from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
+from convmerge.report import Report, SiteReport
 
 SAME = Axis(3, 1, 1, 1, 1, 1)
 STRIDED = Axis(3, 1, 2, 1, 1, 1)
@@ -179,3 +186,103 @@ def test_refusals_say_why(dims: list[list[Axis]], reason: str) -> None:
     chain = [draw.geometry(2, 2, axes) for axes in dims]
     with pytest.raises(Refusal, match=reason):
         bordered(tuple(chain))
+
+
+def tail(channels: int, *rates: int) -> nn.Sequential:
+    """The tail of EDSR as a module."""
+    torch.manual_seed(channels)
+    layers: list[nn.Module] = []
+    for rate in rates:
+        layers += [nn.Conv2d(channels, channels * rate**2, 3, padding=1), nn.PixelShuffle(rate)]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1)).eval()
+
+
+def the_merge(report: Report) -> SiteReport:
+    [site] = report.merged()
+    return site
+
+
+@pytest.mark.parametrize("rates", [(2,), (3,), (2, 2)])
+def test_fuse_merges_the_tail_of_an_upscaler(rates: tuple[int, ...]) -> None:
+    model = tail(16, *rates)
+    result = convmerge.fuse(model, torch.randn(1, 16, 48, 48))
+    site = the_merge(result.report)
+    assert site.reason.startswith("9 border classes of Conv2d(16, ")
+    assert "from 3×3 up" in site.reason
+    assert site.error is not None and site.bound is not None and site.error <= site.bound
+    assert site.macs_after < site.macs_before
+    assert result.report.verification is not None and result.report.verification.equal
+    for size in ((48, 48), (3, 3), (5, 17), (8, 4)):
+        x = torch.randn(2, 16, *size)
+        torch.testing.assert_close(result.model(x), model(x))
+    with pytest.raises(AssertionError, match="at least 3×3"):
+        result.model(torch.randn(1, 16, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "text"),
+    [
+        (
+            nn.Sequential(nn.Conv1d(8, 64, 5, padding=2), nn.Conv1d(64, 8, 5, padding=2)),
+            (1, 8, 2000),
+            "5 border classes of Conv1d(8, 8, 9)",
+        ),
+        (
+            nn.Sequential(nn.Conv3d(4, 64, 3, padding=1), nn.BatchNorm3d(64), nn.Conv3d(64, 4, 3, padding=1)),
+            (1, 4, 24, 24, 24),
+            "27 border classes of Conv3d(4, 4, 5×5×5)",
+        ),
+    ],
+    ids=["one dimension", "three dimensions"],
+)
+def test_fuse_merges_bottlenecks_in(model: nn.Module, shape: tuple[int, ...], text: str) -> None:
+    x = torch.randn(shape)
+    result = convmerge.fuse(model.eval(), x)
+    assert the_merge(result.report).reason.startswith(text)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)),
+        nn.Sequential(nn.Conv2d(64, 16, 3, padding=1), nn.Conv2d(16, 64, 3, padding=1)),
+        nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, groups=64) for _ in range(2))),
+    ],
+    ids=["a 5×5 of equal width", "narrow in the middle", "depthwise"],
+)
+def test_what_border_classes_would_slow_down_is_left_alone(model: nn.Module) -> None:
+    assert convmerge.inspect(model.eval(), torch.randn(1, 64, 56, 56)).merged() == ()
+
+
+def test_maps_that_are_mostly_borders_are_left_alone() -> None:
+    assert convmerge.inspect(tail(16, 2, 2), torch.randn(1, 16, 5, 5)).merged() == ()
+
+
+def test_the_merged_module_loads_with_torch_alone(tmp_path: Path) -> None:
+    result = convmerge.fuse(tail(16, 2), torch.randn(1, 16, 48, 48))
+    torch.save(result.model, tmp_path / "fused.pt")
+    assert type(result.model[0]).__name__ == "BorderedConv2d"
+    code = (
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
+        "assert m(torch.zeros(1, 16, 5, 4)).shape == (1, 3, 10, 8); "
+        "assert not any(name.startswith('convmerge') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "fused.pt")], check=True)
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["tail", "stem"])
+def test_export_with_dynamic_height_and_width(strided: bool) -> None:
+    draw = Draw(6, 2)
+    chain = (
+        [draw.form(3, 5, [STRIDED, STRIDED]), draw.form(5, 4, [STRIDED, STRIDED])]
+        if strided
+        else upscaler(draw, 3, (2, 2))
+    )
+    b = bordered(tuple(form.geometry for form in chain))
+    merged = build_bordered(b, chain, torch.float64)
+    dims = {2: Dim("height", min=16, max=512), 3: Dim("width", min=16, max=512)}
+    program = torch.export.export(merged, (draw.input(3, (21, 30)),), dynamic_shapes=(dims,))
+    for size in ((16, 19), (23, 17), (40, 18)):
+        x = draw.input(3, size)
+        assert torch.equal(program.module()(x), run(chain, x)), size
