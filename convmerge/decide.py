@@ -109,7 +109,7 @@ class Decider:
         """Sites that change a module which other calls, sites or names need as it is."""
         problems: dict[Site, str] = {}
         alike: Counter[Edit] = Counter(edits.values())
-        opened = {path for e in edits.values() if isinstance(e, GraphEdit) for path in e.opened}
+        owners = {edit.owner for edit in edits.values() if isinstance(edit, GraphEdit)}
         claimed: dict[str, Edit] = {}
         for site, edit in edits.items():
             modules = edit.modules if isinstance(edit, UnitEdit) else (edit.owner,)
@@ -119,8 +119,8 @@ class Decider:
                     problems[site] = f"{path} is called {calls} times with different neighbours"
                 if isinstance(edit, UnitEdit) and claimed.setdefault(path, edit) != edit:
                     problems[site] = f"{path} belongs to two sites"
-            if isinstance(edit, GraphEdit) and edit.owner in opened:
-                problems[site] = f"the code of {edit.owner} is part of a larger site"
+            if isinstance(edit, GraphEdit) and not owners.isdisjoint(edit.opened):
+                problems[site] = "part of it stands in a module whose own code is edited"
             if (reason := self._tied(site, edits, edit)) is not None:
                 problems[site] = reason
             if self.evidence.eager and not self.proofs.proves(edit):

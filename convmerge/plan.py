@@ -40,7 +40,8 @@ from convmerge.regions import Block, Chain, Element, Leaf, leaves
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
 WINDOW = 48
-LESS = 1 - 1e-3  # a merge must cost less than what it replaces by more than the sums' rounding
+LESS = 1 - 1e-3  # a merge must gain more than the cost model can tell
+ROUNDING = 1e-9  # of sums of costs
 BORDERED_WINDOW = 12  # border classes of more than a few filters with padding do not pay
 
 Forbidden = Mapping[tuple[Node, Node], str]
@@ -142,7 +143,7 @@ class Planner:
             for part in self._parts_from(chain, first):
                 key = part.cost.key(self.objective)
                 total = (reached[0] + key[0], reached[1] + key[1])
-                if total < best[part.last + 1][0]:
+                if _at_most(total, best[part.last + 1][0]):
                     best[part.last + 1] = (total, part)
         parts: list[_Part] = []
         at = len(chain)
@@ -441,6 +442,13 @@ def _is_filler(element: Element) -> bool:
 
 def _is_same(element: Element) -> bool:
     return isinstance(element, Leaf) and isinstance(element.step, Same)
+
+
+def _at_most(total: tuple[float, float], best: tuple[float, float]) -> bool:
+    """Whether a cost is the lower one; of equals the later one, so that a batch norm joins what precedes it."""
+    if best[0] == math.inf or total[0] < best[0] * (1 - ROUNDING):
+        return True
+    return total[0] <= best[0] * (1 + ROUNDING) and total[1] <= best[1] * (1 + ROUNDING)
 
 
 def _resampling(element: Element) -> str:
