@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import Node
 
 from convmerge import emit
 from convmerge.borderclasses import Bordered
@@ -56,12 +57,12 @@ def build(
 
 def _build(decider: Decider, decision: Decision, seed: int) -> Built:
     site = decision.site
-    like = _like(decider, site)
+    style = _style(decider, site)
     try:
         if isinstance(site.emission, Bordered):
-            exact, layer = _bordered(site, site.emission, like)
+            exact, layer = _bordered(site, site.emission, style)
         else:
-            exact, layer = _plain(decider, site, site.emission, like)
+            exact, layer = _plain(decider, site, site.emission, style)
         rounded_once(layer, exact)
         found = _probe(decider, site, exact, seed)
         for other in decision.also:
@@ -76,9 +77,9 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
 
 
 def _plain(
-    decider: Decider, site: Site, emission: emit.Emission, like: Tensor
+    decider: Decider, site: Site, emission: emit.Emission, style: _Style
 ) -> tuple[nn.Module, nn.Module]:
-    """One form, as layers in float64 and in the dtype of ``like``."""
+    """One form, as layers in float64 and in the dtype of ``style``."""
     form = site_numbers(site, decider.evidence)
     resampled = any(layer.kind in ("avg_pool", "nearest") for layer in emission.layers)
     if resampled and form.bias is None and site.geometry.bias:
@@ -86,17 +87,24 @@ def _plain(
     elif form.geometry != site.geometry:  # a bias turned out to be zero
         emission, _ = decider.planner.cheapest(form.geometry, site.home_place)
     exact = emit.build(form, emission, torch.float64)
-    layer = emit.build(form, emission, like.dtype, device=like.device, requires_grad=like.requires_grad)
+    layer = emit.build(
+        form,
+        emission,
+        style.dtype,
+        device=style.device,
+        requires_grad=style.requires_grad,
+        memory_format=style.memory_format,
+    )
     if len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
         layer, exact = _flattened(layer), _flattened(exact)
     return exact, layer
 
 
-def _bordered(site: Site, b: Bordered, like: Tensor) -> tuple[nn.Module, nn.Module]:
-    """An interior kernel and border kernels, in float64 and in the dtype of ``like``."""
+def _bordered(site: Site, b: Bordered, style: _Style) -> tuple[nn.Module, nn.Module]:
+    """An interior kernel and border kernels, in float64 and in the dtype of ``style``."""
     forms = border_numbers(site.elements, site.place)
     exact = build_bordered(b, forms, torch.float64)
-    layer = build_bordered(b, forms, like.dtype, device=like.device, requires_grad=like.requires_grad)
+    layer = build_bordered(b, forms, style.dtype, device=style.device, requires_grad=style.requires_grad)
     return exact, layer
 
 
@@ -117,14 +125,38 @@ def _probe(decider: Decider, site: Site, exact: nn.Module, seed: int) -> Probe:
     )
 
 
-def _like(decider: Decider, site: Site) -> Tensor:
-    """A parameter of the site that says dtype, device and requires_grad of the new layer."""
-    dtype = decider.evidence.dtype(site.home.source)
-    for leaf in leaves(site.elements):
-        if isinstance(leaf.step, Filter):
-            for node in leaf.node.all_input_nodes:
-                if node in decider.evidence.tensors:
-                    tensor = decider.evidence.tensors[node][1]
-                    if tensor.dtype == dtype:
-                        return tensor
-    return torch.empty(0, dtype=dtype)
+@dataclass(frozen=True)
+class _Style:
+    """What a new layer takes over from the parameters it replaces."""
+
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    memory_format: torch.memory_format
+
+
+def _style(decider: Decider, site: Site) -> _Style:
+    """The data's dtype and device; gradients and channels-last layout if any of the parameters has them."""
+    data = site.home.source.meta["val"]
+    pending = [leaf.node for leaf in leaves(site.elements) if isinstance(leaf.step, Filter)]
+    weights: dict[Node, tuple[str, Tensor]] = {}
+    seen: set[Node] = set()
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node in decider.evidence.tensors:
+                weights[node] = decider.evidence.tensors[node]
+            elif node in decider.constants and node not in seen:
+                seen.add(node)
+                pending.append(node)
+    parameters = dict(decider.model.named_parameters(remove_duplicate=False))
+    trainable = any(parameters[name].requires_grad for name, _ in weights.values() if name in parameters)
+    formats = [_memory_format(tensor) for _, tensor in weights.values()]
+    memory_format = next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+    device = next((tensor.device for _, tensor in weights.values()), data.device)
+    return _Style(data.dtype, device, trainable, memory_format)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    found = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    plain = found is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=found)
+    return torch.contiguous_format if plain or found is None else found
