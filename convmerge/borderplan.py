@@ -15,7 +15,7 @@ from convmerge.fold import Place, after, geometry_of, numbers_of
 from convmerge.recognise import Same
 from convmerge.regions import Element, Leaf
 
-MARGIN = 1.15  # predicted time as it is, over that of the border classes; many small calls vary more
+MARGIN = 1.25  # predicted time as it is over that of border classes, whose many small calls vary more
 ROOM = 2  # the example must have this many times the smallest size, so that somewhat smaller ones run too
 HOPELESS = 16  # a composition with this many times the MACs does not come back by what follows
 

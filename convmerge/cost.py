@@ -62,7 +62,8 @@ RATES = {
     "depthwise": Rate(100e9, 45e9, 45e-6),
     "transposed": Rate(180e9, 7.5e9, 9e-6),
     "transposed depthwise": Rate(4.5e9, 10e9, 20e-6),
-    "border": Rate(45e9, 17e9, 12e-6),
+    "strip": Rate(45e9, 17e9, 10e-6),
+    "blocked strip": Rate(90e9, 17e9, 38e-6),
     "linear": Rate(100e9, 70e9, 4e-6),
     "elementwise": Rate(math.inf, 150e9, 2e-6),
     "batch norm": Rate(math.inf, 110e9, 8e-6),
@@ -126,7 +127,8 @@ def bordered_cost(b: Bordered, size: Sequence[int], *, batch: int = 1, dtype_siz
         cost = layer_cost(layer, at, batch=batch, dtype_size=dtype_size)
         if key != b.interior:
             moved = dtype_size * (_activations(layer.geometry, at) * batch + layer.geometry.weights)
-            cost = replace(cost, latency=_latency(RATES["border"], cost.macs, moved))
+            rate = RATES["blocked strip" if batch > 1 or _is_blocked(layer.geometry) else "strip"]
+            cost = replace(cost, latency=_latency(rate, cost.macs, moved))
         weights = cost.weights * math.prod(b.residues(key))
         total = total + replace(cost, weights=weights)
     outputs = batch * b.low.out_channels * math.prod(b.low.out_size(size))
@@ -182,6 +184,11 @@ def operator_cost(
     taps = batch * geometry.macs(size) if kind == "pool" else 0
     weights = geometry.weights if kind in ("batch norm", "elementwise") else 0
     return Cost(_latency(RATES[kind], taps, moved), 0, weights)
+
+
+def _is_blocked(g: Geometry) -> bool:
+    """Whether torch runs a small convolution on blocks of channels, relaid for the call, and not natively."""
+    return g.groups > 1 or max(g.down) > 1 or max(g.dilation) > 1 or (g.spatial > 1 and min(g.kernel) > 3)
 
 
 def _latency(rate: Rate, macs: float, moved: float) -> float:
