@@ -6,8 +6,9 @@ import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.node import Node
 
 from convmerge.capture import Evidence
@@ -96,6 +97,12 @@ class Decider:
         denials = [denial for index in sorted(plans) for denial in plans[index].denials]
         return Decisions(_grouped(sites, edits), tuple(denials), traces, regions)
 
+    @cached_property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that require gradients."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in named if parameter.requires_grad)
+
     def forbid(self, site: Site, reason: str) -> None:
         """Plan without this site from the next :meth:`decide` on."""
         self._forbidden[site.ends] = reason
@@ -130,13 +137,39 @@ class Decider:
     def _tied(self, site: Site, edits: dict[Site, Edit], edit: Edit) -> str | None:
         """Why a weight that is read outside the site too must keep existing there, or None."""
         calls = {n for other, e in edits.items() if e == edit for n in calls_of(other.elements)}
-        for node in calls_of(site.elements):
-            for weight in node.all_input_nodes:
-                if weight in self.evidence.tensors:
-                    users = set(weight.users) | self._twins(weight)
-                    if any(self._needed(user, calls) for user in users):
-                        return f"{self.evidence.tensors[weight][0]} is used elsewhere too"
+        direct, computed = self._weights(calls_of(site.elements))
+        readers = {weight: set(weight.users) | self._twins(weight) for weight in direct}
+        readers |= {w: set(w.users) for w in computed if w not in direct and self._goes(w, edit)}
+        for weight, users in readers.items():
+            if any(self._needed(user, calls) for user in users):
+                return f"{self.evidence.tensors[weight][0]} is used elsewhere too"
         return None
+
+    def _weights(self, calls: Sequence[Node]) -> tuple[set[Node], set[Node]]:
+        """Parameters and buffers that calls read, and those that what they read is computed from."""
+        read = {n for call in calls for n in call.all_input_nodes if n in self.constants}
+        seen, pending = set(read), list(read)
+        while pending:
+            sources = [n for n in pending.pop().all_input_nodes if n not in seen]
+            seen.update(sources)
+            pending.extend(sources)
+        tensors = self.evidence.tensors
+        return {n for n in read if n in tensors}, {n for n in seen if n in tensors}
+
+    def _goes(self, weight: Node, edit: Edit) -> bool:
+        """Whether a weight is registered nowhere but in modules that an edit replaces."""
+        if not hasattr(self, "_names"):
+            self._tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+            self._tensors.update(self.model.named_buffers(remove_duplicate=False))
+            self._names: dict[int, list[str]] = {}
+            for name, tensor in self._tensors.items():
+                self._names.setdefault(id(tensor), []).append(name)
+        replaced = edit.modules if isinstance(edit, UnitEdit) else (edit.owner,)
+        names = self._names.get(id(self._tensors.get(self.evidence.tensors[weight][0])), [])
+        inside = [
+            any(f"{name}.".startswith(f"{path}." if path else "") for path in replaced) for name in names
+        ]
+        return bool(inside) and all(inside)
 
     def _needed(self, user: Node, calls: set[Node]) -> bool:
         """Whether what a weight's reader computes is read by anything but ``calls``."""

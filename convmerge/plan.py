@@ -16,7 +16,7 @@ from torch.fx.node import Node
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import lift, lift_geometry
 from convmerge.borderclasses import Bordered
-from convmerge.borderplan import border_option, border_pays
+from convmerge.borderplan import border_option, border_pays, border_words
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence, is_tensor
 from convmerge.cost import ZERO, Cost, Objective, cheapest, emission_cost, operator_cost
@@ -143,7 +143,10 @@ class Planner:
             for part in self._parts_from(chain, first):
                 key = part.cost.key(self.objective)
                 total = (reached[0] + key[0], reached[1] + key[1])
-                if _at_most(total, best[part.last + 1][0]):
+                known = best[part.last + 1][0]
+                # Identities in front belong to the site: a module that begins so is then replaced whole.
+                split = first > 0 and _is_same(chain[first - 1])
+                if _less(total, known) or (not split and _at_most(total, known)):
                     best[part.last + 1] = (total, part)
         parts: list[_Part] = []
         at = len(chain)
@@ -347,7 +350,7 @@ class Planner:
         try:
             site = self._site(elements, before)
         except Refusal as refusal:
-            return Denial(elements, place, refusal.reason)
+            return Denial(elements, place, refusal.reason + border_words(elements, place, before))
         if site is None:
             return Denial(elements, place, "left out by --only or --skip")
         if self._affordable(site) and self._cheaper(site.after, before):
@@ -445,10 +448,17 @@ def _is_same(element: Element) -> bool:
 
 
 def _at_most(total: tuple[float, float], best: tuple[float, float]) -> bool:
-    """Whether a cost is the lower one; of equals the later one, so that a batch norm joins what precedes it."""
+    """Whether a cost is lower; of equals the later counts, so that a batch norm joins what precedes it."""
+    return _less(total, best) or (
+        total[0] <= best[0] * (1 + ROUNDING) and total[1] <= best[1] * (1 + ROUNDING)
+    )
+
+
+def _less(total: tuple[float, float], best: tuple[float, float]) -> bool:
+    """Whether a cost is lower by more than rounding."""
     if best[0] == math.inf or total[0] < best[0] * (1 - ROUNDING):
         return True
-    return total[0] <= best[0] * (1 + ROUNDING) and total[1] <= best[1] * (1 + ROUNDING)
+    return total[0] <= best[0] * (1 + ROUNDING) and total[1] < best[1] * (1 - ROUNDING)
 
 
 def _resampling(element: Element) -> str:
