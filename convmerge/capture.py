@@ -8,6 +8,7 @@ model is run for real under the tracer that torch.export itself uses, which give
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import warnings
@@ -150,7 +151,8 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
     Raises ConvmergeError where neither torch.export nor torch.fx can follow the model.
     """
     try:
-        return _export(copy_model(model).eval(), inputs.clone())
+        with _collector_paused():
+            return _export(copy_model(model).eval(), inputs.clone())
     except Exception as error:  # torch.export raises many types on code it cannot follow
         try:
             return _run(copy_model(model).eval(), inputs.clone())
@@ -159,6 +161,18 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
                 f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}",
                 hint="does the model run on these inputs? run with -v for the whole error",
             ) from error
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while a graph grows: it would look at all of it again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def plain_defaults(model: nn.Module) -> dict[str, Any]:

@@ -148,8 +148,7 @@ def _style(decider: Decider, site: Site) -> _Style:
             elif node in decider.constants and node not in seen:
                 seen.add(node)
                 pending.append(node)
-    parameters = dict(decider.model.named_parameters(remove_duplicate=False))
-    trainable = any(parameters[name].requires_grad for name, _ in weights.values() if name in parameters)
+    trainable = any(name in decider.trainable for name, _ in weights.values())
     formats = [_memory_format(tensor) for _, tensor in weights.values()]
     memory_format = next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
     device = next((tensor.device for _, tensor in weights.values()), data.device)
