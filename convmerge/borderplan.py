@@ -66,6 +66,17 @@ def border_pays(before: Cost, after: Cost) -> bool:
     return after.macs <= before.macs and MARGIN * after.latency <= before.latency
 
 
+def border_words(elements: Sequence[Element], place: Place, before: Cost) -> str:
+    """What to add to the reason why elements are not one operator, where border classes would do."""
+    try:
+        option = border_option(elements, place, before)
+    except Refusal:
+        return ""
+    if option is not None and border_pays(before, option[1]):
+        return ""  # it is part of a larger merge, or was ruled out for another reason
+    return "; kernels of their own for the borders would cost more"
+
+
 def border_canvases(b: Bordered) -> list[tuple[int, ...]]:
     """Input sizes to check border classes at: the smallest, each of the next seven, and all residues."""
     span, residues = 8, max(side.ends.residues for side in b.sides)
