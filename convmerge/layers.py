@@ -104,7 +104,14 @@ def _bordered(site: Site, b: Bordered, style: _Style) -> tuple[nn.Module, nn.Mod
     """An interior kernel and border kernels, in float64 and in the dtype of ``style``."""
     forms = border_numbers(site.elements, site.place)
     exact = build_bordered(b, forms, torch.float64)
-    layer = build_bordered(b, forms, style.dtype, device=style.device, requires_grad=style.requires_grad)
+    layer = build_bordered(
+        b,
+        forms,
+        style.dtype,
+        device=style.device,
+        requires_grad=style.requires_grad,
+        memory_format=style.memory_format,
+    )
     return exact, layer
 
 

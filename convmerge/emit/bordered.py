@@ -28,6 +28,7 @@ def build_bordered(
     *,
     device: torch.device | str = "cpu",
     requires_grad: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> fx.GraphModule:
     """A module that computes the chain ``forms``, every weight rounded once from float64.
 
@@ -38,7 +39,8 @@ def build_bordered(
         Refusal: see ``class_form``; or a weight is too large for ``dtype``.
     """
     root = nn.Module()
-    layers = _Layers(root, dtype, torch.device(device), requires_grad)
+    style = {"device": device, "requires_grad": requires_grad, "memory_format": memory_format}
+    layers = _Layers(root, dtype, style)
     for key in b.keys:
         layers.add(b, forms, key)
     graph = _Writer(b).write()
@@ -69,21 +71,18 @@ def _own_padding(g_lo: int, g_hi: int) -> int:
 class _Layers:
     """Puts the convolutions of the classes under their names."""
 
-    def __init__(
-        self, root: nn.Module, dtype: torch.dtype, device: torch.device, requires_grad: bool
-    ) -> None:
+    def __init__(self, root: nn.Module, dtype: torch.dtype, style: dict[str, Any]) -> None:
         self.root = root
         self.dtype = dtype
-        self.device = device
-        self.requires_grad = requires_grad
+        self.style = style  # device, requires_grad, memory_format
 
     def add(self, b: Bordered, forms: Sequence[Affine], key: Key) -> None:
         """One class: a convolution, or stacked weights where they depend on the residue of the input size."""
         found = [_padded_itself(class_form(b, forms, key, residue)) for residue in residues_of(b, key)]
         name = class_name(b, key)
         if len(found) == 1:
-            layer = build(found[0], emissions(found[0].geometry)[0], self.dtype, device=self.device)
-            self.root.add_module(name, layer.requires_grad_(self.requires_grad))
+            layer = build(found[0], emissions(found[0].geometry)[0], self.dtype, **self.style)
+            self.root.add_module(name, layer)
             return
         lead = [n for n in b.residues(key) if n > 1]
         holder = nn.Module()
@@ -95,7 +94,8 @@ class _Layers:
         self.root.add_module(name, holder)
 
     def _parameter(self, values: Tensor) -> nn.Parameter:
-        return nn.Parameter(round_once(values, self.dtype).to(self.device), self.requires_grad)
+        rounded = round_once(values, self.dtype).to(self.style["device"])
+        return nn.Parameter(rounded, self.style["requires_grad"])
 
 
 def _padded_itself(form: Affine) -> Affine:
