@@ -141,7 +141,7 @@ class Decider:
         readers = {weight: set(weight.users) | self._twins(weight) for weight in direct}
         readers |= {w: set(w.users) for w in computed if w not in direct and self._goes(w, edit)}
         for weight, users in readers.items():
-            if any(self._needed(user, calls) for user in users):
+            if self._needed(users, calls, edit):
                 return f"{self.evidence.tensors[weight][0]} is used elsewhere too"
         return None
 
@@ -171,13 +171,25 @@ class Decider:
         ]
         return bool(inside) and all(inside)
 
-    def _needed(self, user: Node, calls: set[Node]) -> bool:
-        """Whether what a weight's reader computes is read by anything but ``calls``."""
-        if user in calls or user not in self.evidence.calls:
-            return False
-        if user not in self.constants or user in self.evidence.outputs or not user.users:
-            return True
-        return any(self._needed(other, calls) for other in user.users)
+    def _needed(self, readers: set[Node], calls: set[Node], edit: Edit) -> bool:
+        """Whether what a weight's readers compute is read by anything but ``calls``.
+
+        What nobody reads, or is written into another constant, goes with a module that is replaced whole.
+        """
+        replaced = edit.modules if isinstance(edit, UnitEdit) else ()
+        seen, pending = set(calls), list(readers)
+        while pending:
+            reader = pending.pop()
+            call = self.evidence.calls.get(reader)
+            if call is None or reader in seen:
+                continue
+            seen.add(reader)
+            if reader not in self.constants or reader in self.evidence.outputs:
+                return True
+            if not reader.users and not any(frame.path in replaced for frame in call.stack):
+                return True
+            pending.extend(reader.users)
+        return False
 
     def _twins(self, weight: Node) -> set[Node]:
         """Calls that read the same storage under another name."""
