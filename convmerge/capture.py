@@ -11,6 +11,7 @@ import contextlib
 import gc
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -254,7 +255,7 @@ def _evidence(
 def _call(node: Node, index: int, canonical: dict[str, str]) -> Call:
     stack = [ROOT]
     for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
-        path = path.split("@")[0]
+        path = _SLICE.sub(_sliced, path.split("@")[0])
         if path:
             stack.append(Frame(canonical.get(path, path), key))
     schema = getattr(node.target, "_schema", None)
@@ -272,6 +273,18 @@ def _call(node: Node, index: int, canonical: dict[str, str]) -> Call:
     mutates = bool(schema.is_mutable)
     op = name.removesuffix("_") if mutates and not name.startswith("_") else name
     return Call(node, op, args, tuple(stack), mutates, index)
+
+
+# How torch.export names a module reached through a slice of a container, in models with shared modules.
+_SLICE = re.compile(r"\.slice\((None|\d+), (?:None|-?\d+), (None|\d+)\)\.(\d+)")
+
+
+def _sliced(match: re.Match[str]) -> str:
+    """The place in the container itself: ``layers.slice(2, None, None).0`` is ``layers.2``."""
+    start, step, index = (
+        (default if n == "None" else int(n)) for n, default in zip(match.groups(), (0, 1, 0), strict=True)
+    )
+    return f".{start + step * index}"
 
 
 @contextlib.contextmanager
