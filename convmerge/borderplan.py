@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import compose_geometry
 from convmerge.algebra.axis import words
@@ -40,8 +42,12 @@ def border_numbers(elements: Sequence[Element], place: Place) -> list[Affine]:
     return forms
 
 
-def border_option(elements: Sequence[Element], place: Place, before: Cost) -> tuple[Bordered, Cost] | None:
+def border_option(
+    elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype
+) -> tuple[Bordered, Cost] | None:
     """Border classes for elements in a row, and their cost; None where more MACs rule them out.
+
+    dtype: of the maps.
 
     Raises:
         Refusal: they are not exact, not for maps as small as these, or hopeless for what follows too.
@@ -58,7 +64,8 @@ def border_option(elements: Sequence[Element], place: Place, before: Cost) -> tu
     b = bordered(stages)
     if any(n < ROOM * least for n, least in zip(place.size, b.minimum, strict=True)):
         raise Refusal(f"a map of {words(place.size)} is mostly borders")
-    return b, bordered_cost(b, place.size, batch=place.batch)
+    native = dtype in (torch.float32, torch.float64)
+    return b, bordered_cost(b, place.size, batch=place.batch, native=native)
 
 
 def border_pays(before: Cost, after: Cost) -> bool:
@@ -66,10 +73,10 @@ def border_pays(before: Cost, after: Cost) -> bool:
     return after.macs <= before.macs and MARGIN * after.latency <= before.latency
 
 
-def border_words(elements: Sequence[Element], place: Place, before: Cost) -> str:
+def border_words(elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype) -> str:
     """What to add to the reason why elements are not one operator, where border classes would do."""
     try:
-        option = border_option(elements, place, before)
+        option = border_option(elements, place, before, dtype)
     except Refusal:
         return ""
     if option is not None and border_pays(before, option[1]):

@@ -119,15 +119,21 @@ def emission_cost(emission: Emission, size: Sequence[int], *, batch: int = 1, dt
     return total
 
 
-def bordered_cost(b: Bordered, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4) -> Cost:
-    """Cost of an interior kernel, of the kernels of all border classes, and of putting them together."""
+def bordered_cost(
+    b: Bordered, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4, native: bool = True
+) -> Cost:
+    """Cost of an interior kernel, of the kernels of all border classes, and of putting them together.
+
+    native: whether torch runs small convolutions natively, as it does in single and double precision.
+    """
     total = ZERO
     for key in b.keys:
         layer, at = Layer("conv", b.layer(key)), b.layer_size(key, size)
         cost = layer_cost(layer, at, batch=batch, dtype_size=dtype_size)
         if key != b.interior:
             moved = dtype_size * (_activations(layer.geometry, at) * batch + layer.geometry.weights)
-            rate = RATES["blocked strip" if batch > 1 or _is_blocked(layer.geometry) else "strip"]
+            blocked = batch > 1 or not native or _is_blocked(layer.geometry)
+            rate = RATES["blocked strip" if blocked else "strip"]
             cost = replace(cost, latency=_latency(rate, cost.macs, moved))
         weights = cost.weights * math.prod(b.residues(key))
         total = total + replace(cost, weights=weights)

@@ -216,7 +216,8 @@ class Planner:
         place = place_of(self.evidence, elements)
         if place is None or ends_of(elements) in self.forbidden or not self.allowed(elements):
             return None
-        if (option := border_option(elements, place, before)) is None:
+        option = border_option(elements, place, before, self.evidence.dtype(elements[0].source))
+        if option is None:
             return None
         b, cost = option
         _check_place(b.whole, place)
@@ -350,7 +351,8 @@ class Planner:
         try:
             site = self._site(elements, before)
         except Refusal as refusal:
-            return Denial(elements, place, refusal.reason + border_words(elements, place, before))
+            dtype = self.evidence.dtype(elements[0].source)
+            return Denial(elements, place, refusal.reason + border_words(elements, place, before, dtype))
         if site is None:
             return Denial(elements, place, "left out by --only or --skip")
         if self._affordable(site) and self._cheaper(site.after, before):
