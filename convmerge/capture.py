@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import io
 import logging
 import re
 import warnings
@@ -188,7 +189,8 @@ def plain_defaults(model: nn.Module) -> dict[str, Any]:
 
 def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     canonical = canonical_paths(model)
-    with quiet(), _record_calls(model) as recorded, torch.no_grad():
+    unseen = contextlib.redirect_stderr(io.StringIO())  # where it fails, it prints the graph it has so far
+    with quiet(), unseen, _record_calls(model) as recorded, torch.no_grad():
         program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
     if any("_has_compatible_shallow_copy_type" in str(node.target) for node in program.graph.nodes):
         raise ValueError("it replaces the .data of a tensor, which the exported graph does not show")
@@ -220,9 +222,16 @@ def _run(model: nn.Module, inputs: Inputs) -> Evidence:
             forward, pre_dispatch=True, record_module_stack=True, _error_on_data_dependent_ops=False
         )(*inputs.args, *inputs.kwargs.values())
     tensors: dict[Node, tuple[str, Tensor]] = {}
-    for node in traced.graph.nodes:
-        if node.op == "get_attr" and isinstance(value := getattr(traced, node.target), Tensor):
-            tensors[node] = (names.get(id(value), node.target), value.detach())
+    first: dict[int, Node] = {}
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = getattr(traced, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        if (known := first.setdefault(id(value), node)) is not node:  # the tracer reads it anew for every use
+            node.replace_all_uses_with(known)
+            traced.graph.erase_node(node)
+        else:
+            tensors[node] = (names.get(id(value), str(node.target)), value.detach())
     evidence = _evidence(traced.graph, tensors, canonical, _signatures(recorded, canonical))
     evidence.eager = True
     return evidence

@@ -184,7 +184,9 @@ def test_a_model_that_export_cannot_follow_is_run() -> None:
     evidence = evidence_of(randomised(Choosing()), random(*MAP))
     assert evidence.eager
     assert [c.path for c in evidence.calls.values() if c.op == "conv2d"] == ["body.0", "head"]
-    named = {name for name, _ in evidence.tensors.values()}
+    names = [name for name, _ in evidence.tensors.values()]
+    assert len(names) == len(set(names))
+    named = set(names)
     assert {"body.0.weight", "body.1.running_mean", "norm.running_var"} <= named
 
 
@@ -202,9 +204,12 @@ def test_the_weights_that_a_model_gives_itself_are_what_is_merged() -> None:
         assert_close(result.model(x), model(x))
 
 
-def test_a_model_that_chooses_by_value_is_fused_where_its_code_is_proof() -> None:
+def test_a_model_that_chooses_by_value_is_fused_where_its_code_is_proof(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     model, x = randomised(Choosing()), random(*MAP)
     result = convmerge.fuse(model, x)
+    assert capfd.readouterr() == ("", "")
     (site,) = result.report.merged()
     assert site.place == "body.0 … body.1"
     assert site.evidence == "static"
