@@ -434,3 +434,22 @@ def test_single_precision_blocks_are_merged_in_double_and_rounded_once() -> None
     exact = convmerge.fuse(copy.deepcopy(model).float().double(), x).model
     assert type(single.model) is nn.Conv2d
     assert torch.equal(single.model.weight, exact.weight.float())
+
+
+def test_blocks_in_a_model_that_branches_on_values() -> None:
+    """torch.export cannot follow it; the calls of a real run, border writes included, are as good."""
+
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = dbb(6, 6), Ecb(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return self.head(y.relu() if float(y.abs().sum()) > 0 else y)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 9, 11)
+    model, x = models.calibrate(Choosing(), x).double(), x.double()
+    result = fused(model, x)
+    assert models.operators(result.model, x) == {"conv": 2, "relu": 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captured import Function, Pair, assert_close, evidence_of, random, randomised, regions_of
+from models import conv_bn
 from torch import Tensor, nn
 
 import convmerge
@@ -333,3 +334,27 @@ def test_signature_of_capture_takes_any_kind_of_inputs() -> None:
     x = random(*MAP)
     for given in (x, (x,), [x], {"x": x}, Inputs((x,), {})):
         assert len(capture(Function(lambda _, x: x * 2), as_inputs(given)).calls) == 1
+
+
+def test_numbers_taken_from_values_are_no_constants() -> None:
+    """Seen on the example inputs alone, the factor is a plain number."""
+
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.body = (
+                nn.Conv2d(6, 5, 3),
+                nn.BatchNorm2d(5),
+                nn.Sequential(*conv_bn(5, 4, 1)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.norm(self.conv(x) * float(x.abs().max())).relu())
+
+    model, x = randomised(Scaling()), random(*MAP)
+    result = convmerge.fuse(model, x)
+    assert [site.place for site in result.report.merged()] == ["body.0 … body.1"]
+    assert not any("dropped" in warning for warning in result.report.warnings)
+    other = 3 * random(*MAP, seed=1)
+    with torch.no_grad():
+        assert_close(result.model(other), model(other))
