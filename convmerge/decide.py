@@ -116,27 +116,29 @@ class Decider:
         """Sites that change a module which other calls, sites or names need as it is."""
         problems: dict[Site, str] = {}
         alike: Counter[Edit] = Counter(edits.values())
+        calls: dict[Edit, set[Node]] = {}
+        for site, edit in edits.items():
+            calls.setdefault(edit, set()).update(calls_of(site.elements))
         owners = {edit.owner for edit in edits.values() if isinstance(edit, GraphEdit)}
         claimed: dict[str, Edit] = {}
         for site, edit in edits.items():
             modules = edit.modules if isinstance(edit, UnitEdit) else (edit.owner,)
             for path in modules:
-                calls = len(self.frames.by_path.get(path, [1]))
-                if calls != alike[edit]:
-                    problems[site] = f"{path} is called {calls} times with different neighbours"
+                times = len(self.frames.by_path.get(path, [1]))
+                if times != alike[edit]:
+                    problems[site] = f"{path} is called {times} times with different neighbours"
                 if isinstance(edit, UnitEdit) and claimed.setdefault(path, edit) != edit:
                     problems[site] = f"{path} belongs to two sites"
             if isinstance(edit, GraphEdit) and not owners.isdisjoint(edit.opened):
                 problems[site] = "part of it stands in a module whose own code is edited"
-            if (reason := self._tied(site, edits, edit)) is not None:
+            if (reason := self._tied(site, edit, calls[edit])) is not None:
                 problems[site] = reason
             if self.evidence.eager and not self.proofs.proves(edit):
                 problems[site] = "torch.export cannot follow the model, and no trace proves this part of it"
         return problems
 
-    def _tied(self, site: Site, edits: dict[Site, Edit], edit: Edit) -> str | None:
-        """Why a weight that is read outside the site too must keep existing there, or None."""
-        calls = {n for other, e in edits.items() if e == edit for n in calls_of(other.elements)}
+    def _tied(self, site: Site, edit: Edit, calls: set[Node]) -> str | None:
+        """Why a weight that is read outside the site's ``calls`` too must keep existing there, or None."""
         direct, computed = self._weights(calls_of(site.elements))
         readers = {weight: set(weight.users) | self._twins(weight) for weight in direct}
         readers |= {w: set(w.users) for w in computed if w not in direct and self._goes(w, edit)}
