@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node, map_arg
 from torch.utils import _pytree as pytree
 
+from convmerge.copying import deep_copy
 from convmerge.errors import ConvmergeError
 from convmerge.inputs import Inputs
 
@@ -128,14 +129,12 @@ def copy_model(model: nn.Module) -> nn.Module:
 
     Old-style weight_norm and pruning leave such tensors on their modules, which ``copy.deepcopy`` refuses.
     """
-    import copy
-
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def canonical_paths(model: nn.Module) -> dict[str, str]:

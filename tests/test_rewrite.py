@@ -446,3 +446,30 @@ def test_the_code_of_a_rewritten_module_runs_at_other_sizes() -> None:
         other = random(*shape)
         with torch.no_grad():
             assert_close(result(other), model(other))
+
+
+def test_a_copy_of_a_traced_module_keeps_what_is_read_off_it() -> None:
+    """torch's own deepcopy of a GraphModule drops it, and the check of the whole model works on copies."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.resolution = (5, 7)
+            self.left, self.right = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cumsum(self.left(x) + self.right(x), 1)
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.block.resolution == (5, 7)
+            return self.block(x).relu()
+
+    result = convmerge.fuse(Reader().double(), torch.randn(1, 3, 5, 7, dtype=torch.float64))
+    assert result.report.merged() and result.report.verification is not None
+    assert result.report.verification.equal and not result.report.warnings[1:]
+    assert isinstance(result.model.block, torch.fx.GraphModule)

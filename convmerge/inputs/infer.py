@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convmerge.copying import deep_copy
 from convmerge.errors import ConvmergeError
 from convmerge.inputs.random import integer_range, random_tensor, seeded
 from convmerge.inputs.values import Inputs, forward_parameters, model_device, model_dtype
@@ -88,7 +88,7 @@ def _only_input(model: nn.Module) -> str:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        return deep_copy(model, {}).eval()
     except Exception as error:
         reason = printable(f"{type(error).__name__}: {error}")
         raise ConvmergeError(

@@ -22,7 +22,6 @@ already) the truth is the original itself, and only the moved weights tell what 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from convmerge.copying import deep_copy
 from convmerge.verification.outputs import Leaves, leaves
 from convmerge.verification.probes import first_line
 
@@ -119,7 +119,7 @@ def private(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             if isinstance(x, Tensor) and (not x.is_leaf or (dtype and x.is_floating_point())):
                 y = x.detach().to(dtype if x.is_floating_point() else None, copy=True)
                 memo[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-    model = copy.deepcopy(model, memo)
+    model = deep_copy(model, memo)
     with contextlib.suppress(NotImplementedError):  # modules from torch.export are in eval already
         model.eval()
     return model
