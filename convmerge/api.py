@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ from convmerge.decide import Decider, Decisions
 from convmerge.inputs import Inputs, as_inputs
 from convmerge.io.check import check_module
 from convmerge.layers import Built, build
-from convmerge.report import Report, Verification
+from convmerge.passes import Pass, Prepared
+from convmerge.report import Report, SiteReport, Verification
 from convmerge.rewrite import Replacement, apply
 from convmerge.sites import describe_sites, describe_unknown
 from convmerge.verification.compare import compare
@@ -41,19 +42,46 @@ class Result:
     report: Report
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What the caller asked for; see :func:`fuse`."""
+
+    only: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    objective: Objective = "latency"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+
+    def passes(self) -> list[tuple[str, Pass]]:
+        """The passes that come before merging, in order, by the name of their stage."""
+        return []
+
+
 @dataclass(eq=False)
 class _Run:
-    """The stages that fuse, inspect and check share, with their timings."""
+    """The stages that fuse, inspect and check share, with their timings.
+
+    Attributes:
+        model, inputs: what is to be merged: the caller's model, after :meth:`prepare` as the passes left it.
+        original: the caller's model; ``reference``: computes on ``inputs`` what the result must.
+        sites: what the passes found; ``verification``: the last comparison of one that changed the model.
+    """
 
     model: nn.Module
     inputs: Inputs
     command: str
-    objective: Objective
-    only: Sequence[str]
-    skip: Sequence[str]
+    options: _Options
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sites: list[SiteReport] = field(default_factory=list)
+    verification: Verification | None = None
+
+    def __post_init__(self) -> None:
+        self.original = self.reference = self.model
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -62,12 +90,38 @@ class _Run:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def decide(self) -> tuple[Decider, Decisions]:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+    def prepare(self) -> None:
+        """Run the passes; each must leave the whole function as it was."""
         check_module(self.model)
         if any(module.training for module in self.model.modules()):
             self.warnings.append("the model is in train mode; it was treated, and is written, in eval mode")
+        for name, run in self.options.passes():
+            with self.stage(name):
+                prepared = run(self._in_eval_mode(), self.inputs)
+                self._adopt(name, prepared)
+
+    def _in_eval_mode(self) -> nn.Module:
+        if any(module.training for module in self.model.modules()):
+            return copy_model(self.model).eval()
+        return self.model
+
+    def _adopt(self, name: str, prepared: Prepared) -> None:
+        changed = any(site.action == "merge" for site in prepared.sites)
+        reference = prepared.reference or self.reference
+        verdict = (
+            compare(reference, prepared.model, prepared.inputs, seed=self.options.seed) if changed else None
+        )
+        if verdict is not None and not verdict.equal:
+            self.warnings.append(f"{name} was left out: {verdict.reason}")
+            self.sites += [replace(s, action="refuse", reason=GUILTY) for s in prepared.sites]
+            return
+        self.sites += prepared.sites
+        if verdict is not None:
+            self.model, self.inputs, self.reference = prepared.model, prepared.inputs, reference
+            self.verification = verdict
+
+    def decide(self) -> tuple[Decider, Decisions]:
+        """Capture what the passes left, and plan."""
         with self.stage("capture"):
             evidence = capture(self.model, self.inputs)
         if evidence.eager:
@@ -76,9 +130,8 @@ class _Run:
             )
         with self.stage("plan"):
             scratch = copy_model(self.model).eval()
-            decider = Decider(
-                self.model, scratch, evidence, self.objective, tuple(self.only), tuple(self.skip)
-            )
+            o = self.options
+            decider = Decider(self.model, scratch, evidence, o.objective, tuple(o.only), tuple(o.skip))
             decisions = decider.decide(self.progress)
         return decider, decisions
 
@@ -88,7 +141,7 @@ class _Run:
             model=type(self.model).__name__,
             inputs=self.inputs.describe(),
             inputs_inferred=self.inputs.inferred,
-            sites=describe_sites(decider, decisions, built),
+            sites=(*self.sites, *describe_sites(decider, decisions, built)),
             unknown=describe_unknown(decisions.regions),
             warnings=tuple(self.warnings),
             seconds=self.seconds,
@@ -126,21 +179,23 @@ def fuse(
         ConvmergeError: the model does not run on the inputs, or cannot be captured.
         ValueError: an unknown objective.
     """
-    run = _Run(model, as_inputs(example_inputs), "fuse", objective, only, skip, progress or _silent)
+    inputs, options = as_inputs(example_inputs), _Options(only, skip, objective, seed)
+    run = _Run(model, inputs, "fuse", options, progress or _silent)
+    run.prepare()
     decider, decisions = run.decide()
     with run.stage("merge"):
         decisions, built = _build(decider, decisions, seed, run.progress)
     chosen = [b for b in built if b.refusal is None]
     with run.stage("rewrite"):
-        fused = _apply(model, decisions, chosen)
-    verification = None
+        fused = _apply(run.model, decisions, chosen)
+    verification = run.verification
     if chosen:
         with run.stage("verify"):
-            fused, chosen, verification = _verify(run, decisions, fused, chosen, seed)
+            fused, chosen, verification = _verify(run, decisions, fused, chosen)
     kept = {id(b) for b in chosen}
     built = [b if b.refusal or id(b) in kept else b.dropped(GUILTY) for b in built]
     with run.stage("count"):
-        before, after = count(model, run.inputs), count(fused, run.inputs)
+        before, after = count(model, inputs), count(fused, run.inputs)
     report = run.report(decider, decisions, built, before=before, after=after, verification=verification)
     return Result(fused, report)
 
@@ -164,24 +219,27 @@ def _apply(model: nn.Module, decisions: Decisions, built: Sequence[Built]) -> nn
 
 
 def _verify(
-    run: _Run, decisions: Decisions, fused: nn.Module, chosen: list[Built], seed: int
+    run: _Run, decisions: Decisions, fused: nn.Module, chosen: list[Built]
 ) -> tuple[nn.Module, list[Built], Verification]:
     """Compare the whole; where that fails, find and drop the guilty sites and compare again."""
-    verification = compare(run.model, fused, run.inputs, seed=seed)
+
+    def compared(candidate: nn.Module) -> Verification:
+        return compare(run.reference, candidate, run.inputs, seed=run.options.seed)
+
+    verification = compared(fused)
     if verification.equal:
         return fused, chosen, verification
 
     def ok(sites: Sequence[Built]) -> bool:
-        candidate = _apply(run.model, decisions, sites)
-        return compare(run.model, candidate, run.inputs, seed=seed).equal
+        return compared(_apply(run.model, decisions, sites)).equal
 
     guilty = bisect(chosen, ok)
     run.warnings.append(f"{len(guilty)} sites were dropped: {verification.reason}")
     kept = [b for b in chosen if b not in guilty]
     fused = _apply(run.model, decisions, kept)
-    final = compare(run.model, fused, run.inputs, seed=seed)
+    final = compared(fused)
     if not final.equal:
-        return _apply(run.model, decisions, []), [], final
+        return copy_model(run.original).eval(), [], final
     return fused, kept, final
 
 
@@ -195,7 +253,7 @@ def inspect(
     progress: Progress | None = None,
 ) -> Report:
     """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
-    return _planned("inspect", model, example_inputs, only, skip, objective, progress)
+    return _planned("inspect", model, example_inputs, _Options(only, skip, objective), progress)
 
 
 def check(
@@ -208,22 +266,18 @@ def check(
     progress: Progress | None = None,
 ) -> Report:
     """As :func:`inspect`; ``report.merged()`` is empty when no profitable merge is left."""
-    return _planned("check", model, example_inputs, only, skip, objective, progress)
+    return _planned("check", model, example_inputs, _Options(only, skip, objective), progress)
 
 
 def _planned(
-    command: str,
-    model: nn.Module,
-    example_inputs: Any,
-    only: Sequence[str],
-    skip: Sequence[str],
-    objective: Objective,
-    progress: Progress | None,
+    command: str, model: nn.Module, example_inputs: Any, options: _Options, progress: Progress | None
 ) -> Report:
-    run = _Run(model, as_inputs(example_inputs), command, objective, only, skip, progress or _silent)
+    inputs = as_inputs(example_inputs)
+    run = _Run(model, inputs, command, options, progress or _silent)
+    run.prepare()
     decider, decisions = run.decide()
     with run.stage("count"):
-        before = count(model, run.inputs)
+        before = count(model, inputs)
     return run.report(decider, decisions, (), before=before)
 
 
