@@ -94,7 +94,7 @@ def test_the_plan_is_the_best_of_all_segmentations(seed: int, objective: Objecti
         if j == i + 1:
             spans[i].append((j, before))
         try:
-            site = planner._site(chain[i:j], before) if j > i + 1 else None
+            site = planner.site(chain[i:j], before) if j > i + 1 else None
         except Refusal:
             continue
         if site is not None and planner._affordable(site) and cheaper(site.after, before, objective):

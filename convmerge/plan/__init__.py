@@ -1,0 +1,6 @@
+"""Planning: which elements become one operator, as what, and why the others stay apart."""
+
+from convmerge.plan.planner import WINDOW, Planner
+from convmerge.plan.site import ChainPlan, Denial, Site, ends_of, site_numbers
+
+__all__ = ["WINDOW", "ChainPlan", "Denial", "Planner", "Site", "ends_of", "site_numbers"]

@@ -1,0 +1,53 @@
+"""What operators cost as a model has them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch.fx.node import Node
+
+from convmerge.capture import is_tensor
+from convmerge.cost import ZERO, Cost, operator_cost
+from convmerge.fold import Place
+from convmerge.lower import Frames
+from convmerge.recognise import Filter, Passage, Same, Scalar
+from convmerge.regions import Chain, Element, Leaf, leaves
+
+
+@dataclass(frozen=True, eq=False)
+class LeafCosts:
+    """The cost of single operators; ``frames`` say which calls compute their weights."""
+
+    frames: Frames
+
+    def of(self, leaf: Leaf) -> Cost:
+        """An operator's cost, and that of computing its weights anew in every forward pass."""
+        if isinstance(leaf.step, Same | Passage):
+            return ZERO
+        weights = ZERO
+        for node in self.computed(leaf):
+            volume = math.prod(self.frames.evidence.size(node)) if is_tensor(node) else 0
+            weights = weights + operator_cost("mul", volume)
+        return weights + self._operator(leaf, leaf.step)
+
+    def computed(self, element: Element) -> list[Node]:
+        """Calls that compute an operator's weights anew in every forward pass."""
+        if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
+            return []
+        unit = self.frames.unit_of(element.node)
+        return [n for n in self.frames.calls[unit] if n not in self.frames.data[unit]]
+
+    def macs(self, chain: Chain) -> int:
+        """Multiply-accumulates of a chain as it is."""
+        return sum(self.of(leaf).macs for leaf in leaves(chain))
+
+    def _operator(self, leaf: Leaf, step: Filter | Scalar) -> Cost:
+        shape = self.frames.evidence.size(leaf.source)
+        if isinstance(step, Scalar):
+            return operator_cost("mul", math.prod(shape))
+        place = Place(step.axis, shape)
+        name = step.kind.split()[0]
+        return operator_cost(
+            name, math.prod(shape), geometry=step.geometry, size=place.size, batch=place.batch
+        )

@@ -1,0 +1,82 @@
+"""Making a site: the best form for given elements, wherever in them the new layer may stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from convmerge.affine import Geometry
+from convmerge.borderplan import border_option
+from convmerge.capture import Evidence
+from convmerge.cost import Cost, Objective, cheapest, emission_cost
+from convmerge.emit import Emission, swapped
+from convmerge.errors import Refusal
+from convmerge.fold import Place, after, cover_geometry, covers_map, fold_geometry
+from convmerge.lower import Run
+from convmerge.plan.site import Site, at_home, check_place, is_same, run_geometries, runs_of
+from convmerge.recognise import Filter
+from convmerge.regions import Chain, Element, Leaf
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """Makes sites out of elements that may be merged.
+
+    Attributes:
+        evidence: where sizes come from.
+        objective: ``latency``, ``macs`` or ``params``; ties go to latency.
+    """
+
+    evidence: Evidence
+    objective: Objective
+
+    def site(self, elements: Chain, place: Place, before: Cost) -> Site:
+        """The elements as one operator. Raises Refusal."""
+        runs = runs_of(elements)
+        geometries = run_geometries(self.evidence, elements, runs)
+        home, geometry = at_home(geometries)
+        home_place = geometries[home][0]
+        if covers_map(elements):
+            geometry = cover_geometry(geometry, home_place.size)
+        emission, cost = self.cheapest(geometry, home_place)
+        if (other := self._swapped(elements, runs, home_place)) is not None:
+            emission, cost = min((emission, cost), other, key=lambda pair: pair[1].key(self.objective))
+        emptied = tuple(run for index, run in enumerate(runs) if index != home)
+        return Site(elements, place, runs[home], emptied, home_place, geometry, emission, before, cost)
+
+    def bordered(self, elements: Chain, place: Place, before: Cost) -> Site | None:
+        """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""
+        option = border_option(elements, place, before, self.evidence.dtype(elements[0].source))
+        if option is None:
+            return None
+        b, cost = option
+        check_place(b.whole, place)
+        return Site(elements, place, Run(elements), (), place, b.whole, b, before, cost)
+
+    def cheapest(self, geometry: Geometry, place: Place) -> tuple[Emission, Cost]:
+        """The cheapest way to build a form at a place. Raises Refusal where there is none."""
+        check_place(geometry, place)
+        return cheapest(geometry, place.size, objective=self.objective, batch=place.batch)
+
+    def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> tuple[Emission, Cost] | None:
+        """A channel mix on the other side of an average pool or a nearest upsampling, where the two swap."""
+        solid = [e for e in elements if not is_same(e)]
+        first, last = _resampling(solid[0]), _resampling(solid[-1])
+        if len(runs) != 1 or (first == "nearest") == (last == "avg_pool"):
+            return None
+        try:
+            parts = (solid[:1], solid[1:]) if first == "nearest" else (solid[:-1], solid[-1:])
+            inner = fold_geometry(parts[0], place)
+            outer = fold_geometry(parts[1], after(place, inner))
+            emission = swapped(outer, inner, "nearest" if first == "nearest" else "avg_pool")
+        except Refusal:
+            return None
+        return emission, emission_cost(emission, place.size, batch=place.batch)
+
+
+def _resampling(element: Element) -> str:
+    """The kind of a resampling that treats all channels alike, or the empty string."""
+    if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
+        return ""
+    kind = element.step.kind.split()[0]
+    return kind if kind in ("nearest", "avg_pool") else ""

@@ -1,0 +1,231 @@
+"""Which elements become one operator: interval dynamic programming on geometry alone.
+
+Composition is associative, so the best segmentation of a chain of n elements follows from the cost of its
+O(n²) intervals. A block (a sum of branches) is an element whose own best plan is found the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx.node import Node
+
+from convmerge.affine import Geometry
+from convmerge.borderplan import border_pays
+from convmerge.capture import Evidence
+from convmerge.cost import ZERO, Cost, Objective, operator_cost
+from convmerge.emit import Emission
+from convmerge.errors import Refusal
+from convmerge.fold import Place, place_of
+from convmerge.lower import Frames
+from convmerge.plan.costs import LeafCosts
+from convmerge.plan.denials import denials
+from convmerge.plan.making import Maker
+from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
+from convmerge.regions import Chain, Element, Leaf
+
+# Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
+# keeps the time linear in the model's length. The longest chains in real models have about ten operators.
+WINDOW = 48
+LESS = 1 - 1e-3  # a merge must gain more than the cost model can tell
+ROUNDING = 1e-9  # of sums of costs
+BORDERED_WINDOW = 12  # border classes of more than a few filters with padding do not pay
+
+Forbidden = Mapping[tuple[Node, Node], str]
+
+
+@dataclass(eq=False)
+class Planner:
+    """Plans chains for one model.
+
+    Attributes:
+        frames: which calls ran in which module.
+        objective: ``latency``, ``macs`` or ``params``; ties go to latency.
+        forbidden: (source, target) of merges that may not be made → why.
+        allowed: whether the user wants this merge (--only, --skip).
+        spare_macs: by how much a merge may raise the MACs where that is predicted to be faster.
+    """
+
+    frames: Frames
+    objective: Objective = "latency"
+    forbidden: Forbidden = field(default_factory=dict)
+    allowed: Callable[[Sequence[Element]], bool] = lambda elements: True
+    spare_macs: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.costs = LeafCosts(self.frames)
+        self.maker = Maker(self.frames.evidence, self.objective)
+
+    @property
+    def evidence(self) -> Evidence:
+        """Where sizes come from."""
+        return self.frames.evidence
+
+    def plan(self, chain: Chain) -> ChainPlan:
+        """The cheapest exact segmentation of a chain, blocks inside included."""
+        place = place_of(self.evidence, chain)
+        if place is None:
+            return ChainPlan()
+        parts = self._best(chain, place)
+        sites = [site for part in parts for site in self._sites_of(chain, part)]
+        return ChainPlan(tuple(sites), tuple(denials(self, chain, parts)))
+
+    def _best(self, chain: Chain, place: Place) -> list[Part]:
+        best: list[tuple[tuple[float, float], Part | None]] = [((0.0, 0.0), None)]
+        best += [((float("inf"), float("inf")), None)] * len(chain)
+        for first in range(len(chain)):
+            reached = best[first][0]
+            for part in self._parts_from(chain, first):
+                key = part.cost.key(self.objective)
+                total = (reached[0] + key[0], reached[1] + key[1])
+                known = best[part.last + 1][0]
+                # Identities in front belong to the site: a module that begins so is then replaced whole.
+                split = first > 0 and is_same(chain[first - 1])
+                if _less(total, known) or (not split and _at_most(total, known)):
+                    best[part.last + 1] = (total, part)
+        parts: list[Part] = []
+        at = len(chain)
+        while at > 0:
+            last = best[at][1]
+            assert last is not None  # every element can stay as it is
+            parts.append(last)
+            at = last.first
+        return parts[::-1]
+
+    def _parts_from(self, chain: Chain, first: int) -> list[Part]:
+        """Every segment that begins at ``first`` and can be one operator, or one element left as it is."""
+        parts = [Part(first, first, self._cost_as_is(chain[first]), None)]
+        if is_passage(chain[first]):
+            return parts
+        before = ZERO
+        solid = 0
+        for last in range(first, min(first + WINDOW, len(chain))):
+            before = before + self._cost_as_is(chain[last])
+            if is_filler(chain[last]):
+                continue
+            solid += 1
+            if solid == 1 and isinstance(chain[last], Leaf) and not self.costs.computed(chain[last]):
+                continue
+            # Identities behind belong to the site: a module that ends in one can then be replaced whole.
+            end = last
+            while end + 1 < len(chain) and is_same(chain[end + 1]):
+                end += 1
+            elements = chain[first : end + 1]
+            try:
+                site = self.site(elements, before)
+            except Refusal:
+                if not any(is_passage(e) for e in elements):
+                    parts.extend(self._bordered_parts(chain, first, last))
+                    break
+                continue
+            if site is not None and self.pays(site):
+                parts.append(Part(first, end, site.after, site))
+        return parts
+
+    def _cheaper(self, after: Cost, before: Cost) -> bool:
+        """Whether a merge gains anything: what is rebuilt as it was must not count as one."""
+        (new, new_latency), (old, old_latency) = after.key(self.objective), before.key(self.objective)
+        return new < old * LESS or (new <= old and new_latency < old_latency * LESS)
+
+    def _bordered_parts(self, chain: Chain, first: int, least: int) -> list[Part]:
+        """Segments that begin at ``first``, end at ``least`` or later, and pay as border classes."""
+        parts: list[Part] = []
+        for last in range(least, min(first + BORDERED_WINDOW, len(chain))):
+            elements = chain[first : last + 1]
+            following = chain[last + 1] if last + 1 < len(chain) else None
+            if is_filler(chain[last]) and not is_same(chain[last]):
+                break
+            if following is not None and is_same(following):
+                continue  # identities behind belong to the site
+            before = sum((self._cost_as_is(element) for element in elements), ZERO)
+            try:
+                site = self._bordered_site(elements, before)
+            except Refusal:
+                break
+            if site is not None and (self.objective == "params" or border_pays(before, site.after)):
+                parts.append(Part(first, last, site.after, site))
+        return parts
+
+    def _unwanted(self, elements: Chain) -> bool:
+        return ends_of(elements) in self.forbidden or not self.allowed(elements)
+
+    def site(self, elements: Chain, before: Cost) -> Site | None:
+        """The elements as one operator; None if that was forbidden. Raises Refusal."""
+        place = place_of(self.evidence, elements)
+        if place is None or self._unwanted(elements):
+            return None
+        return self.maker.site(elements, place, before)
+
+    def _bordered_site(self, elements: Chain, before: Cost) -> Site | None:
+        place = place_of(self.evidence, elements)
+        if place is None or self._unwanted(elements):
+            return None
+        return self.maker.bordered(elements, place, before)
+
+    def pays(self, site: Site) -> bool:
+        """Whether a merge gains anything, and does not raise the MACs by more than a trifle."""
+        return self._affordable(site) and self._cheaper(site.after, site.before)
+
+    def _affordable(self, site: Site) -> bool:
+        """Predicted time decides only among merges that do not raise the MACs by more than a trifle.
+
+        More work in fewer calls can be faster, but not on every machine, and never for a compiler that fuses
+        the calls anyway.
+        """
+        return self.objective == "params" or site.after.macs <= site.before.macs + self.spare_macs
+
+    def cheapest(self, geometry: Geometry, place: Place) -> tuple[Emission, Cost]:
+        """The cheapest way to build a form at a place. Raises Refusal where there is none."""
+        return self.maker.cheapest(geometry, place)
+
+    def macs(self, chain: Chain) -> int:
+        """Multiply-accumulates of a chain as it is."""
+        return self.costs.macs(chain)
+
+    def cost_as_is(self, elements: Chain) -> Cost:
+        """Cost of elements that are not merged with one another; a block may merge inside."""
+        return sum((self._cost_as_is(element) for element in elements), ZERO)
+
+    def _cost_as_is(self, element: Element) -> Cost:
+        """Cost of an element that is not merged with its neighbours; a block may merge inside."""
+        if isinstance(element, Leaf):
+            return self.costs.of(element)
+        total = ZERO
+        for branch in element.branches:
+            place = place_of(self.evidence, branch)
+            parts = self._best(branch, place) if place is not None and branch else []
+            for part in parts:
+                total = total + part.cost
+        adds = len(element.branches) - 1
+        shape = self.evidence.size(element.target)
+        for _ in range(adds):
+            total = total + operator_cost("add", math.prod(shape))
+        return total
+
+    def _sites_of(self, chain: Chain, part: Part) -> list[Site]:
+        """The sites in a part: itself, or those inside the branches of a block that stays."""
+        if part.site is not None:
+            return [part.site]
+        element = chain[part.first]
+        if isinstance(element, Leaf):
+            return []
+        sites: list[Site] = []
+        for branch in element.branches:
+            sites.extend(self.plan(branch).sites)
+        return sites
+
+
+def _at_most(total: tuple[float, float], best: tuple[float, float]) -> bool:
+    """Whether a cost is lower; of equals the later counts, so that a batch norm joins what precedes it."""
+    return _less(total, best) or (
+        total[0] <= best[0] * (1 + ROUNDING) and total[1] <= best[1] * (1 + ROUNDING)
+    )
+
+
+def _less(total: tuple[float, float], best: tuple[float, float]) -> bool:
+    """Whether a cost is lower by more than rounding."""
+    if best[0] == math.inf or total[0] < best[0] * (1 - ROUNDING):
+        return True
+    return total[0] <= best[0] * (1 + ROUNDING) and total[1] < best[1] * (1 - ROUNDING)

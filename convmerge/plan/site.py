@@ -1,0 +1,178 @@
+"""A site: elements that become one operator, where each part of it stands, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx.node import Node
+
+from convmerge.affine import Affine, Geometry
+from convmerge.algebra import lift, lift_geometry
+from convmerge.borderclasses import Bordered
+from convmerge.borders import join, join_geometry
+from convmerge.capture import Evidence
+from convmerge.cost import Cost
+from convmerge.emit import Emission
+from convmerge.errors import Refusal
+from convmerge.fold import (
+    Place,
+    axes_along,
+    cover,
+    covers_map,
+    fold_geometry,
+    fold_numbers,
+)
+from convmerge.lower import Run
+from convmerge.recognise import Passage, Same
+from convmerge.regions import Chain, Element, Leaf
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Elements that become one operator.
+
+    Attributes:
+        elements: in execution order; with ``place`` at their source.
+        home: the part that the new layer replaces; ``emptied``: the parts that vanish into it.
+        geometry: the merged form at home; ``emission``: what it is built as.
+        before, after: predicted cost of the elements as they are, and of the new layer.
+    """
+
+    elements: tuple[Element, ...]
+    place: Place
+    home: Run
+    emptied: tuple[Run, ...]
+    home_place: Place
+    geometry: Geometry
+    emission: Emission | Bordered
+    before: Cost
+    after: Cost
+
+    @property
+    def ends(self) -> tuple[Node, Node]:
+        """Source and target: what names the site."""
+        return ends_of(self.elements)
+
+
+@dataclass(frozen=True, eq=False)
+class Denial:
+    """Two neighbouring parts that stay apart: not exact (``cost`` is None), or exact but dearer."""
+
+    elements: tuple[Element, ...]
+    place: Place
+    reason: str
+    before: Cost | None = None
+    after: Cost | None = None
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """What becomes of one chain."""
+
+    sites: tuple[Site, ...] = ()
+    denials: tuple[Denial, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A segment of the best plan: elements first..last, merged if ``site`` is given."""
+
+    first: int
+    last: int
+    cost: Cost
+    site: Site | None
+
+
+def run_geometries(evidence: Evidence, elements: Chain, runs: Sequence[Run]) -> list[tuple[Place, Geometry]]:
+    """Where each run stands, and its geometry there. Raises Refusal."""
+    axes = dict(zip(map(id, elements), axes_along(elements), strict=True))
+    found = []
+    for run in runs:
+        axis = axes[id(run.elements[0])]
+        if axis is None:
+            raise Refusal("the channels are split or joined in between")
+        place = Place(axis, evidence.size(run.source))
+        found.append((place, fold_geometry(run.elements, place)))
+    return found
+
+
+def ends_of(elements: Sequence[Element]) -> tuple[Node, Node]:
+    """Source and target of elements, identities at either end not counted."""
+    solid = [e for e in elements if not is_same(e)] or list(elements)
+    return solid[0].source, solid[-1].target
+
+
+def site_numbers(site: Site, evidence: Evidence) -> Affine:
+    """The merged form of a site in float64."""
+    runs = sorted([site.home, *site.emptied], key=lambda run: site.elements.index(run.elements[0]))
+    folded: Affine | None = None
+    for run, (place, _) in zip(runs, run_geometries(evidence, site.elements, runs), strict=True):
+        form = fold_numbers(run.elements, place)
+        if len(runs) > 1 and form.geometry.spatial != site.geometry.spatial:
+            form = lift(form, site.geometry.spatial)
+        folded = form if folded is None else join(form, folded)
+    assert folded is not None
+    return cover(folded, site.home_place.size) if covers_map(site.elements) else folded
+
+
+def runs_of(elements: Chain) -> list[Run]:
+    """The stretches between passages that have something besides identities."""
+    runs: list[Run] = []
+    current: list[Element] = []
+    for element in (*elements, None):
+        if element is None or is_passage(element):
+            if not all(is_same(e) for e in current):
+                runs.append(Run(tuple(current)))
+            current = []
+        else:
+            current.append(element)
+    return runs
+
+
+def at_home(geometries: Sequence[tuple[Place, Geometry]]) -> tuple[int, Geometry]:
+    """Which run keeps the merged operator, and its geometry there.
+
+    Everything pointwise can move past a passage; what is not pointwise stays where it is.
+    """
+    fixed = [index for index, (_, geometry) in enumerate(geometries) if not geometry.pointwise]
+    if len(fixed) > 1:
+        raise Refusal("a relayout or a resampling stands between two filters with spatial extent")
+    home = fixed[0] if fixed else _smallest(geometries)
+    spatial = geometries[home][1].spatial
+    folded: Geometry | None = None
+    for index, (_, geometry) in enumerate(geometries):
+        moved = geometry if index == home else lift_geometry(geometry, spatial)
+        folded = moved if folded is None else join_geometry(moved, folded)
+    assert folded is not None
+    return home, folded
+
+
+def _smallest(geometries: Sequence[tuple[Place, Geometry]]) -> int:
+    """The run with the fewest positions; the last of equals, so that nothing large is computed early."""
+    positions = [math.prod(place.size) * place.batch for place, _ in geometries]
+    return min(range(len(positions)), key=lambda index: (positions[index], -index))
+
+
+def check_place(geometry: Geometry, place: Place) -> None:
+    """The layers of torch.nn take channels on axis 1 (0 without a batch), or on the last axis."""
+    rank = len(place.shape)
+    if geometry.spatial and (
+        place.axis > 1 or geometry.spatial > 3 or rank - place.axis - 1 != geometry.spatial
+    ):
+        raise Refusal("no layer of torch.nn takes channels on this axis")
+    if geometry.spatial == 0 and place.axis != rank - 1:
+        raise Refusal("no layer of torch.nn takes channels on this axis")
+
+
+def is_filler(element: Element) -> bool:
+    return isinstance(element, Leaf) and isinstance(element.step, Same | Passage)
+
+
+def is_same(element: Element) -> bool:
+    return isinstance(element, Leaf) and isinstance(element.step, Same)
+
+
+def is_passage(element: Element) -> bool:
+    return isinstance(element, Leaf) and isinstance(element.step, Passage)
