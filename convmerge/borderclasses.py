@@ -70,9 +70,9 @@ class Bordered:
     sides: tuple[Side, ...]
 
     @property
-    def rate(self) -> int:
-        """By how much the phases are interleaved at the end; 1 for not at all."""
-        return max(self.whole.up)
+    def rates(self) -> Dims:
+        """By how much the phases are interleaved at the end."""
+        return self.whole.up
 
     @property
     def minimum(self) -> Dims:
@@ -106,7 +106,7 @@ class Bordered:
 
     def __str__(self) -> str:
         g, n = self.low, self.low.spatial
-        shuffle = f" → PixelShuffle({self.rate})" if self.rate > 1 else ""
+        shuffle = f" → phases interleaved {words(self.rates)}" if max(self.rates) > 1 else ""
         stride = f", stride {words(g.down)}" if max(g.down) > 1 else ""
         kernel = f"Conv{n}d({g.in_channels}, {g.out_channels}, {words(g.kernel)}{stride})"
         bound = [str(side.ends.minimum) if side.ends.blocks else "any" for side in self.sides]
@@ -124,11 +124,10 @@ def bordered(stages: tuple[Geometry, ...]) -> Bordered:
     if any(stage.ones for stage in stages):
         raise Refusal("a bias that fades at the borders has no border classes")
     whole = reduce(lambda inner, outer: compose_geometry(outer, inner), stages)
-    _check_rates(whole)
-    low, crop = whole, (0,) * whole.spatial
-    if max(whole.up) > 1:
-        low = polyphase_geometry(whole, crop)
-        crop = tuple(polyphase_axis(axis, 0).crop for axis in axes(whole))
+    if not 1 <= whole.spatial <= 3:
+        raise Refusal(f"torch.nn has no convolution of {whole.spatial} dimensions")
+    low = polyphase_geometry(whole, (0,) * whole.spatial)
+    crop = tuple(polyphase_axis(axis, 0).crop for axis in axes(whole))
     biased = tuple(stage.bias for stage in stages)
     sides = []
     for chain, axis in zip(zip(*map(axes, stages), strict=True), axes(low), strict=True):
@@ -136,15 +135,6 @@ def bordered(stages: tuple[Geometry, ...]) -> Bordered:
         lo, hi = axis.lo - axis.down * len(ends.first), axis.hi - axis.down * len(ends.last)
         sides.append(Side(ends, axis._replace(lo=lo, hi=hi)))
     return Bordered(stages, whole, low, crop, tuple(sides))
-
-
-def _check_rates(g: Geometry) -> None:
-    if not 1 <= g.spatial <= 3:
-        raise Refusal(f"torch.nn has no convolution of {g.spatial} dimensions")
-    if max(g.up) > 1 and (g.spatial != 2 or len(set(g.up)) > 1):
-        raise Refusal("torch has no operator that interleaves outputs at these rates")
-    if max(g.up) > 1 and max(g.down) > 1:
-        raise Refusal("no layer of torch.nn upsamples and strides at once")
 
 
 def class_form(b: Bordered, forms: Sequence[Affine], key: Key, residue: Sequence[int]) -> Affine:

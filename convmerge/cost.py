@@ -72,6 +72,7 @@ RATES = {
     "mean": Rate(math.inf, 110e9, 5e-6),
     "upsample": Rate(math.inf, 24e9, 6e-6),
     "shuffle": Rate(math.inf, 14e9, 3e-6),
+    "interleave": Rate(math.inf, 15e9, 25e-6),
     "copy": Rate(math.inf, 14e9, 3e-6),
 }
 # Dense kernels run on blocks of channels: a convolution of 20 channels takes the time of 32. Below about this
@@ -105,7 +106,8 @@ def layer_cost(layer: Layer, size: Sequence[int], *, batch: int = 1, dtype_size:
         macs = batch * g.macs(size)
         moved = _activations(g, size) * batch + g.weights
         return Cost(_latency(RATES[name], macs * work, moved * dtype_size), macs, g.weights)
-    kind = {"shuffle": "shuffle", "avg_pool": "pool", "nearest": "upsample"}.get(layer.kind, "pad")
+    kinds = {"shuffle": "shuffle", "interleave": "interleave", "avg_pool": "pool", "nearest": "upsample"}
+    kind = kinds.get(layer.kind, "pad")
     taps = batch * g.macs(size) if kind == "pool" else 0
     return Cost(_latency(RATES[kind], taps, _activations(g, size) * batch * dtype_size), 0, 0)
 
@@ -141,7 +143,7 @@ def bordered_cost(
     joins = sum(side.ends.blocks > 0 for side in b.sides)
     for _ in range(joins):
         total = total + operator_cost("pad", outputs, dtype_size=dtype_size)
-    if b.rate > 1:
+    if max(b.rates) > 1:
         total = total + operator_cost("pixel_shuffle", outputs, dtype_size=dtype_size)
     return total
 

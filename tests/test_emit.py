@@ -23,9 +23,13 @@ SAME = Axis(3, 1, 1, 1, 1, 1)
     ("spatial", "draws", "kinds"),
     [
         (0, 30, {"linear"}),
-        (1, 250, {"conv", "pad+conv", "ones+conv", "conv_transpose"}),
-        (2, 250, {"conv", "pad+conv", "conv_transpose", "conv+shuffle", "conv+shuffle+pad"}),
-        (3, 60, {"conv", "conv_transpose"}),
+        (1, 250, {"conv", "pad+conv", "ones+conv", "conv_transpose", "conv+interleave"}),
+        (
+            2,
+            250,
+            {"conv", "pad+conv", "conv_transpose", "conv+shuffle", "conv+shuffle+pad", "conv+interleave"},
+        ),
+        (3, 80, {"conv", "conv_transpose", "conv+interleave"}),
     ],
 )
 def test_every_way_to_build_is_exact(spatial: int, draws: int, kinds: set[str]) -> None:
@@ -62,7 +66,11 @@ def conv(into: int, out: int, *dims: Axis, groups: int = 1, bias: bool = False) 
         (conv(4, 6, Axis(3, 1, 1, 1, -1, -2)), ["ZeroPad1d(-1…-2) → Conv1d(4, 6, 3)"]),
         (
             conv(4, 6, Axis(4, 3, 1, 1, 2, 3)),
-            ["ConvTranspose1d(4, 6, 4, stride 3, padding 1, output padding 1)"],
+            [
+                "ConvTranspose1d(4, 6, 4, stride 3, padding 1, output padding 1)",
+                "ZeroPad1d(0…1) → Conv1d(4, 18, 2) → phases interleaved 3",
+                "Conv1d(4, 18, 3, padding 1) → phases interleaved 3",
+            ],
         ),
         (
             conv(4, 3, Axis(4, 2, 1, 1, 2, 2), Axis(4, 2, 1, 1, 2, 2)),
@@ -70,6 +78,7 @@ def conv(into: int, out: int, *dims: Axis, groups: int = 1, bias: bool = False) 
                 "ConvTranspose2d(4, 3, 4×4, stride 2, padding 1)",
                 "Conv2d(4, 12, 3×3, padding 1) → PixelShuffle(2)",
                 "Conv2d(4, 12, 2×2, padding 1) → PixelShuffle(2) → ZeroPad2d(-1…-1, -1…-1)",
+                "Conv2d(4, 12, 2×2, padding 1) → phases interleaved 2×2",
             ],
         ),
         (

@@ -16,7 +16,7 @@ import laws
 import pytest
 import torch
 from generate import Draw
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from convmerge import borders
 from convmerge.affine import Affine, Geometry
@@ -28,6 +28,7 @@ from convmerge.borders import Leaks
 compose = importlib.import_module("convmerge.algebra.compose")
 commute = importlib.import_module("convmerge.algebra.commute")
 build = importlib.import_module("convmerge.emit.build")
+interleave = importlib.import_module("convmerge.emit.interleave")
 
 LAWS = (
     laws.composes, laws.folds, laws.joins, laws.fades, laws.adds, laws.stacks, laws.splits, laws.commutes,
@@ -267,6 +268,22 @@ def transposed_weight_not_flipped(right: Function, weight: Tensor, groups: int) 
 @mutant(build._transposed_weight)
 def transposed_weight_not_by_groups(right: Function, weight: Tensor, groups: int) -> Tensor:
     return weight.transpose(0, 1).reshape(right(weight, groups).shape).flip(spatial(weight))
+
+
+@mutant(interleave._phase)
+def phases_all_from_the_same_position(
+    right: Function, graph: fx.Graph, y: fx.Node, choice: Sequence[tuple[int, slice]]
+) -> fx.Node:
+    kept = (slice(None, ((s.stop or 0) - (s.start or 0)) or None) for _, s in choice)
+    return right(graph, y, [(phase, s) for (phase, _), s in zip(choice, kept, strict=True)])
+
+
+@mutant(interleave._phase)
+def phases_of_the_dimensions_swapped(
+    right: Function, graph: fx.Graph, y: fx.Node, choice: Sequence[tuple[int, slice]]
+) -> fx.Node:
+    phases = [phase for phase, _ in reversed(choice)]
+    return right(graph, y, [(phase, s) for phase, (_, s) in zip(phases, choice, strict=True)])
 
 
 @mutant(build._append_ones)

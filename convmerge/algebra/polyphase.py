@@ -1,7 +1,7 @@
 """An upsampling filter as a filter at the input's rate with one output channel per phase.
 
 Source: the polyphase decomposition (P. P. Vaidyanathan, Multirate Systems and Filter Banks, 1993, section
-4.3); the interleaving of the phases is ``torch.nn.PixelShuffle``.
+4.3); the interleaving of equal rates in two dimensions is ``torch.nn.PixelShuffle``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def polyphase_axis(axis: Axis, shift: int) -> Phases:
     So tap t belongs to phase p = (lo + shift - dilation*t) mod up, at s = -floor((lo + shift - dilation*t)
     / up).
     """
+    if axis.up == 1:
+        return Phases(axis, 0, (0,) * axis.kernel, tuple(range(axis.kernel)))
     if axis.down > 1:
-        raise Refusal("an upsampling and a stride in one filter have no polyphase form")
+        raise Refusal("no layer of torch.nn upsamples and strides along one dimension")
     starts = [axis.lo + shift - axis.dilation * t for t in range(axis.kernel)]
     reach = [-(s // axis.up) for s in starts]
     dilation = math.gcd(*(r - reach[0] for r in reach)) or 1
@@ -67,7 +69,8 @@ def polyphase(form: Affine, shift: Sequence[int]) -> Affine:
     each dimension, gives back ``form``.
 
     Raises:
-        Refusal: the form has a stride, or a bias whose period does not divide the rate.
+        Refusal: the form upsamples and strides along one dimension, or has a bias whose period does not
+            divide the rate.
     """
     g = form.geometry
     dims = [polyphase_axis(axis, s) for axis, s in zip(axes(g), shift, strict=True)]

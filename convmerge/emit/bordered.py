@@ -1,4 +1,4 @@
-"""Border classes as torch operators: slices, convolutions, concatenation, one pixel shuffle at the end."""
+"""Border classes as torch operators: slices, convolutions, concatenation, phases interleaved at the end."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from convmerge.affine import Affine
 from convmerge.algebra.axis import Axis
 from convmerge.borderclasses import Bordered, Key, class_form, residues_of
 from convmerge.emit.build import build, round_once
+from convmerge.emit.interleave import Interleaving, interleave, plain_graph_module
 from convmerge.emit.ways import emissions
 
 _SIDES = (("front", "back"), ("top", "bottom"), ("left", "right"))
@@ -43,12 +44,7 @@ def build_bordered(
     layers = _Layers(root, dtype, style)
     for key in b.keys:
         layers.add(b, forms, key)
-    graph = _Writer(b).write()
-    module = fx.GraphModule(root, graph, class_name=f"BorderedConv{b.low.spatial}d")
-    # The module must load with torch alone, whatever tracer its graph is part of.
-    module.graph._tracer_cls = fx.Tracer
-    module._tracer_cls = fx.Tracer
-    return module
+    return plain_graph_module(root, _Writer(b).write(), f"BorderedConv{b.low.spatial}d")
 
 
 def class_name(b: Bordered, key: Key) -> str:
@@ -120,12 +116,10 @@ class _Writer:
             if side.ends.blocks:
                 self._measure(x, dim)
         y = self._assembled(x, ())
-        if self.b.rate > 1:
-            y = self._call(F.pixel_shuffle, y, self.b.rate)
-        if any(self.b.crop):
-            y = self._sliced(y, [(0, -crop) for crop in self.b.crop])
+        if max(self.b.rates) > 1:
+            dims = [Interleaving(up, 0, crop) for up, crop in zip(self.b.rates, self.b.crop, strict=True)]
+            y = interleave(self.graph, y, self.b.whole.out_channels, dims)
         self.graph.output(y)
-        self.graph.lint()
         return self.graph
 
     def _measure(self, x: Node, dim: int) -> None:

@@ -14,7 +14,7 @@ from convmerge.algebra.axis import Placement, axes
 from convmerge.algebra.branches import place
 from convmerge.algebra.compose import expand_groups
 from convmerge.algebra.polyphase import polyphase
-from convmerge.borders import fade_bias
+from convmerge.emit.interleave import interleaver
 from convmerge.emit.layer import Emission, Layer, transposed_padding
 from convmerge.emit.ways import emissions
 from convmerge.errors import Refusal
@@ -58,16 +58,10 @@ def build(
 
 
 def _carrying_the_bias(form: Affine, emission: Emission) -> tuple[Affine, Emission]:
-    """Another way to build the form where its bias depends on the position and the given way has no such
-    bias: with a channel per phase, or with the bias on a channel of ones.
-    """
+    """With a channel per phase where the bias depends on the position and the given way has no such bias."""
     if emission.shift is not None or form.bias is None or form.bias.dim() == 1:
         return form, emission
-    for other in emissions(form.geometry):
-        if other.shift is not None:
-            return form, other
-    faded = fade_bias(form)
-    return faded, emissions(faded.geometry)[0]
+    return form, next(other for other in emissions(form.geometry) if other.shift is not None)
 
 
 def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
@@ -120,6 +114,8 @@ def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
         return nn.Upsample(scale_factor=tuple(float(u) for u in g.up))
     if layer.kind == "shuffle":
         return nn.PixelShuffle(g.up[0])
+    if layer.kind == "interleave":
+        return interleaver(g)
     if layer.kind == "ones":
         return _append_ones(g)
     pad: Any = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)[n - 1]

@@ -8,12 +8,16 @@ from typing import Literal
 from convmerge.affine import Dims, Geometry
 from convmerge.algebra.axis import axes, words
 
-Kind = Literal["linear", "conv", "conv_transpose", "pad", "ones", "shuffle", "avg_pool", "nearest"]
+Kind = Literal[
+    "linear", "conv", "conv_transpose", "pad", "ones", "shuffle", "interleave", "avg_pool", "nearest"
+]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its kind, and what it computes. ``pad`` also crops; ``ones`` appends channels of ones."""
+    """One layer: its kind, and what it computes. ``pad`` also crops; ``ones`` appends channels of ones;
+    ``shuffle`` is PixelShuffle, ``interleave`` the same at any rates and with a crop.
+    """
 
     kind: Kind
     geometry: Geometry
@@ -54,6 +58,8 @@ def _describe(layer: Layer) -> str:
         return f"ConstantPad{min(n + 1, 3)}d(a channel of ones)"
     if layer.kind == "shuffle":
         return f"PixelShuffle({g.up[0]})"
+    if layer.kind == "interleave":
+        return f"phases interleaved {words(g.up)}"
     if layer.kind == "pad":
         sides = ", ".join(f"{lo}…{hi}" for lo, hi in zip(g.lo, g.hi, strict=True))
         return f"ZeroPad{n}d({sides})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from convmerge.affine import Geometry
 from convmerge.algebra import commutes_geometry
 from convmerge.algebra.axis import Axis, axes, from_axes
 from convmerge.algebra.polyphase import polyphase_axis, polyphase_geometry
+from convmerge.emit.interleave import Interleaving, interleaving_geometry
 from convmerge.emit.layer import Emission, Layer
 from convmerge.errors import Refusal
 
@@ -30,12 +32,9 @@ def emissions(g: Geometry) -> tuple[Emission, ...]:
         return (Emission((Layer("linear", dense),), (), ()),)
     if math.prod(g.up) == 1:
         return tuple(_convolutions(g))
-    if math.prod(g.down) > 1:
-        raise Refusal("no layer of torch.nn upsamples and strides at once")
-    if not g.phased:
-        return (_transposed(g), *_shuffled(g))
-    # No transposed convolution has a bias that depends on the position; over a channel of ones it has.
-    return tuple(_shuffled(g)) or (_transposed(replace(g, bias=False, ones=True, phased=False)),)
+    phases = tuple(_phases(g))
+    # No transposed convolution strides, or has a bias that depends on the position.
+    return phases if g.phased or math.prod(g.down) > 1 else (_transposed(g), *phases)
 
 
 def _convolutions(g: Geometry) -> Iterator[Emission]:
@@ -82,18 +81,30 @@ def _transposed(g: Geometry) -> Emission:
     return Emission((*_ones(g), layer), tuple(front), tuple(back))
 
 
-def _shuffled(g: Geometry) -> Iterator[Emission]:
-    """Polyphase form, PixelShuffle, and a crop where the phases do not end with the output."""
-    rate = g.up[0]
-    if g.spatial != 2 or set(g.up) != {rate}:
-        return
+def _phases(g: Geometry) -> Iterator[Emission]:
+    """Polyphase form, then the phases interleaved and what does not belong to the output dropped.
+
+    The shift that makes the phases' kernel shortest drops outputs at both ends; without it there may be
+    nothing to drop.
+    """
     best = tuple(_shortest_shift(axis) for axis in axes(g))
-    for shift in dict.fromkeys(((0, 0), best)):
+    for shift in dict.fromkeys(((0,) * g.spatial, best)):
         low = polyphase_geometry(g, shift)
-        crops = [(-s, -polyphase_axis(a, s).crop) for a, s in zip(axes(g), shift, strict=True)]
-        after = (Layer("shuffle", _shuffle(g.out_channels, rate)), *_pads(g.out_channels, crops))
-        for emission in _convolutions(low):
+        crop = [polyphase_axis(axis, s).crop for axis, s in zip(axes(g), shift, strict=True)]
+        dims = [Interleaving(*d) for d in zip(g.up, shift, crop, strict=True)]
+        for emission, after in itertools.product(_convolutions(low), _interleaved(g.out_channels, dims)):
             yield replace(emission, layers=emission.layers + after, shift=shift)
+
+
+def _interleaved(channels: int, dims: Sequence[Interleaving]) -> Iterator[tuple[Layer, ...]]:
+    """PixelShuffle and a crop where torch has one at these rates, or all at once."""
+    if len(dims) == 2 and dims[0].up == dims[1].up:
+        whole = [d._replace(start=0, end=0) for d in dims]
+        crop = _pads(channels, [(-d.start, -d.end) for d in dims])
+        yield Layer("shuffle", interleaving_geometry(channels, whole)), *crop
+        if dims == whole:
+            return
+    yield (Layer("interleave", interleaving_geometry(channels, dims)),)
 
 
 def _shortest_shift(axis: Axis) -> int:
@@ -125,11 +136,6 @@ def _pads(channels: int, sides: Sequence[tuple[int, int]]) -> Iterator[Layer]:
         if any(lo or hi for lo, hi in step):
             dims = [Axis(1, 1, 1, 1, lo, hi) for lo, hi in step]
             yield Layer("pad", from_axes(channels, channels, channels, dims))
-
-
-def _shuffle(channels: int, rate: int) -> Geometry:
-    axis = Axis(rate, rate, 1, 1, rate - 1, rate - 1)
-    return from_axes(channels * rate**2, channels, channels, (axis, axis))
 
 
 def swapped(outer: Geometry, inner: Geometry, kind: Literal["avg_pool", "nearest"]) -> Emission:
