@@ -18,7 +18,8 @@ from convmerge.errors import Refusal
 from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
 from convmerge.plan import ChainPlan, Denial, Planner, Site
 from convmerge.recognise import Context
-from convmerge.regions import Chain, Element, Regions, calls_of, find_regions
+from convmerge.reduction import find_regions
+from convmerge.regions import Chain, Element, Regions, calls_of
 from convmerge.retrace import Trace, cut, retrace
 from convmerge.static import StaticProofs
 

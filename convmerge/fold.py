@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import add, add_geometry, lift, lift_geometry
+from convmerge.algebra import add, add_geometry, lift, lift_geometry, stack, stack_geometry
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence
 from convmerge.errors import Refusal
@@ -74,7 +74,12 @@ def geometry_of(element: Element, place: Place) -> Geometry:
     Raises Refusal where the element works on another axis, or is a sum that is not one form.
     """
     if isinstance(element, Block):
-        return add_geometry([fold_geometry(branch, place) for branch in element.branches])
+        branches = [fold_geometry(branch, place) for branch in element.branches]
+        if element.joined == "sum":
+            return add_geometry(branches)
+        if element.axis != place.axis:
+            raise Refusal(f"concatenates along axis {element.axis}, the channels are on axis {place.axis}")
+        return stack_geometry(branches)
     step = element.step
     if isinstance(step, Filter):
         if step.axis != place.axis:
@@ -178,7 +183,8 @@ def after(place: Place, geometry: Geometry) -> Place:
 def numbers_of(element: Element, place: Place) -> Affine:
     """The form of one element, in float64."""
     if isinstance(element, Block):
-        return add([fold_numbers(branch, place) for branch in element.branches])
+        law = add if element.joined == "sum" else stack
+        return law([fold_numbers(branch, place) for branch in element.branches])
     step = element.step
     if isinstance(step, Filter):
         form = step.numbers()

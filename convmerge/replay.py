@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -16,8 +17,8 @@ from convmerge.capture import Evidence
 from convmerge.constants import Constants, run_call
 from convmerge.fold import Place, geometry_of, numbers_of, place_of
 from convmerge.plan import Site
-from convmerge.recognise import BorderFill, Passage, Same
-from convmerge.regions import Block, Element, Leaf, calls_of, leaves
+from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
+from convmerge.regions import Block, Element, Leaf, Share, Via, calls_of, leaves
 
 # Operators that export writes the example's sizes into.
 RESHAPES = frozenset(
@@ -37,13 +38,11 @@ class Replay:
         self._evidence = evidence
         self._constants = constants
         self._calls = sorted(calls_of(site.elements), key=lambda node: evidence.calls[node].index)
-        self._target = next(e.target for e in reversed(site.elements) if e.target in set(self._calls))
         self._absolute: dict[int, tuple[Affine, int]] = {}  # by leaf: its form on absolute values, its axis
 
     def original(self, x: Tensor) -> Tensor:
         """The calls as they were captured."""
-        values: dict[Node, Tensor] = {self._site.elements[0].source: x.clone()}
-        return self._run(self._calls, values)[self._target]
+        return self._walk(self._site.elements, x.clone())
 
     def merged(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The site with ``layer`` at home and nothing in place of the other merged parts."""
@@ -55,8 +54,8 @@ class Replay:
             for element in self._site.elements:
                 if id(element) in home:
                     value, done = (value if done else layer(value)), True
-                elif id(element) not in gone and isinstance(element, Leaf):
-                    value = self._run([element.node], {element.source: value})[element.node]
+                elif id(element) not in gone and not isinstance(element, Via | Share):
+                    value = self._walk([element], value)
             return value
 
         return run
@@ -95,6 +94,41 @@ class Replay:
         ]
         return [(*lead, place.channels, *size) for size in dict.fromkeys(small)]
 
+    def _walk(self, elements: Sequence[Element], x: Tensor) -> Tensor:
+        """Elements in a row, by the calls that they stand for."""
+        for element in elements:
+            x = self._response(element, x)
+        return x
+
+    def _response(self, element: Element, x: Tensor) -> Tensor:
+        if isinstance(element, Block) and element.partial:
+            branches = [self._walk(branch, x) for branch in element.branches]
+            return torch.stack(branches).sum(0)
+        if isinstance(element, Share):
+            return self._share(element, x)
+        if isinstance(element, Leaf) and element.implied:
+            return x * element.step.factor if isinstance(element.step, Scalar) else x
+        calls = sorted(calls_of([element]), key=lambda node: self._evidence.calls[node].index)
+        return self._run(calls, {element.source: x})[element.target]
+
+    def _share(self, share: Share, x: Tensor) -> Tensor:
+        """What the operator makes of this term where the others are zero."""
+        x = self._among_zeros(share, x)
+        y = self._walk([share.of], x)
+        return y if share.constant == 1 else y + (share.constant - 1) * self._at_zero(share, x)
+
+    def _at_zero(self, share: Share, x: Tensor) -> Tensor:
+        return self._walk([share.of], torch.zeros_like(x))
+
+    def _among_zeros(self, share: Share, x: Tensor) -> Tensor:
+        """The term's channels where they are in the operator's input."""
+        if share.start is None:
+            return x
+        assert isinstance(share.step, Filter)
+        axis = share.step.axis
+        after = self._evidence.size(share.source)[axis] - share.start - x.shape[axis]
+        return F.pad(x, [0, 0] * (x.dim() - axis - 1) + [share.start, after])
+
     def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
         def look_up(node: Node) -> object:
             return values[node] if node in values else self._constants.value(node)
@@ -110,8 +144,10 @@ class Replay:
 
     def _magnitude_of(self, element: Element, x: Tensor) -> Tensor:
         if isinstance(element, Block):
-            branches: Iterator[Tensor] = (self._magnitudes(branch, x) for branch in element.branches)
-            return torch.stack(list(branches)).sum(0)
+            branches = [self._magnitudes(branch, x) for branch in element.branches]
+            if element.axis is not None:
+                return torch.cat(branches, element.axis)
+            return torch.stack(branches).sum(0)
         if isinstance(element.step, Same):
             return x
         if isinstance(element.step, Passage):
@@ -121,6 +157,8 @@ class Replay:
             self._absolute[id(element)] = absolute(numbers_of(element, place)), place.axis
         form, axis = self._absolute[id(element)]
         y = apply_at(form, x, axis)
+        if isinstance(element, Share):  # its response to zeros is added and subtracted again
+            y = y + self._at_zero(element, self._among_zeros(element, x)).abs()
         # A linear layer on a flattened map leaves the axes of the one position that the form has.
         return y.flatten(1) if y.dim() > len(self._evidence.size(element.target)) else y
 

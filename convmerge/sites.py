@@ -136,7 +136,8 @@ def _operators(elements: Sequence[Element]) -> tuple[str, ...]:
     names: list[str] = []
     for element in elements:
         if isinstance(element, Block):
-            names.append("+".join(_branch(branch) for branch in element.branches))
+            branches = [_branch(branch) for branch in element.branches]
+            names.append("+".join(branches) if element.joined == "sum" else f"cat({', '.join(branches)})")
         elif not isinstance(element.step, Same):
             names.append(element.step.kind)
     return tuple(names)
@@ -158,7 +159,8 @@ def _tree(elements: Sequence[Element], indent: str = "") -> tuple[str, ...]:
         if isinstance(element, Leaf):
             lines.extend(indent + name for name in _operators([element]))
             continue
-        lines.append(f"{indent}sum of {len(element.branches)} branches")
+        word = "sum" if element.joined == "sum" else "concatenation"
+        lines.append(f"{indent}{word} of {len(element.branches)} branches")
         for branch in element.branches:
             words = " → ".join(_operators(branch)) or "identity"
             lines.extend(_tree(branch, indent + "  ") or (f"{indent}  {words}",))
@@ -174,7 +176,7 @@ def _geometry_words(decider: Decider, elements: Sequence[Element]) -> str:
         try:
             words.append(describe_geometry(geometry_of(element, place)) if place is not None else "")
         except Refusal:
-            words.append("sum")
+            words.append(element.joined if isinstance(element, Block) else "")
     return ", ".join(word for word in words if word)
 
 

@@ -13,7 +13,8 @@ from convmerge.constants import Constants
 from convmerge.fold import Place, fold_geometry, fold_numbers, place_of
 from convmerge.inputs import as_inputs
 from convmerge.recognise import Context
-from convmerge.regions import Chain, Regions, find_regions
+from convmerge.reduction import find_regions
+from convmerge.regions import Chain, Regions
 from convmerge.replay import apply_at
 
 

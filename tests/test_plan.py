@@ -20,7 +20,8 @@ from convmerge.cost import ZERO, Cost, Objective, operator_cost
 from convmerge.errors import Refusal
 from convmerge.lower import Frames
 from convmerge.plan import WINDOW, Planner, Site, ends_of, site_numbers
-from convmerge.regions import Block, Chain, find_regions
+from convmerge.reduction import find_regions
+from convmerge.regions import Block, Chain
 from convmerge.report import Report, SiteReport
 
 MAP = (2, 6, 12, 14)

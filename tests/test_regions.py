@@ -21,12 +21,14 @@ MAP = (2, 6, 7, 9)
 
 
 def sketch(elements: Sequence[Element]) -> str:
-    """A chain as text: f a filter, s a number, = an identity, p a passage, [..+..] a sum, ~ a part of one."""
+    """A chain as text: f a filter, s a number, = an identity, p a passage, [..+..] a sum, ~ a part of one,
+    [..|..] a concatenation."""
     marks = {Filter: "f", Scalar: "s", Same: "=", Passage: "p"}
     text = ""
     for element in elements:
         if isinstance(element, Block):
-            text += f"[{'+'.join(sketch(branch) for branch in element.branches)}]" + "~" * element.partial
+            sign = "+" if element.joined == "sum" else "|"
+            text += f"[{sign.join(sketch(branch) for branch in element.branches)}]" + "~" * element.partial
         else:
             text += marks[type(element.step)]
     return text
@@ -112,7 +114,9 @@ CUT: list[tuple[Callable[..., Any], list[str]]] = [
     (lambda m, x: (lambda y: m.n(m.b(y)) * m.c(y).sigmoid())(m.a(x)), ["f", "ff", "f"]),
     (lambda m, x: m.a(x) + m.b(x.relu()), ["f", "f"]),
     (lambda m, x: m.n(m.a(x) + m.b(x.relu())), ["f", "f", "f"]),
-    (lambda m, x: torch.cat([m.a(x), m.n(m.b(x))], 1), ["f", "ff"]),
+    (lambda m, x: torch.cat([m.a(x), m.n(m.b(x))], 1), ["[f|ff]"]),
+    (lambda m, x: m.d(torch.cat([m.a(x), m.b(x.relu())], 1)), ["f", "f", "="]),
+    (lambda m, x: torch.cat([m.a(x), x], 1) * 2, ["[f|]s"]),
     (lambda m, x: m.a(x) * m.b(x), ["f", "f"]),
     (lambda m, x: m.c(m.a(x).mean((2, 3), keepdim=True)), ["fpf"]),
     (lambda m, x: m.n(F.avg_pool2d(m.a(x), 2)).relu(), ["fff"]),

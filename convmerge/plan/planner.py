@@ -24,7 +24,7 @@ from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
 from convmerge.plan.making import Maker
 from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
-from convmerge.regions import Chain, Element, Leaf
+from convmerge.regions import Block, Chain, Element, Leaf
 
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
@@ -198,11 +198,13 @@ class Planner:
             parts = self._best(branch, place) if place is not None and branch else []
             for part in parts:
                 total = total + part.cost
-        adds = len(element.branches) - 1
-        shape = self.evidence.size(element.target)
-        for _ in range(adds):
-            total = total + operator_cost("add", math.prod(shape))
-        return total
+        return total + self._joining_cost(element)
+
+    def _joining_cost(self, block: Block) -> Cost:
+        volume = math.prod(self.evidence.size(block.target))
+        if block.joined == "cat":
+            return operator_cost("cat", volume)
+        return sum((operator_cost("add", volume) for _ in block.branches[1:]), ZERO)
 
     def _sites_of(self, chain: Chain, part: Part) -> list[Site]:
         """The sites in a part: itself, or those inside the branches of a block that stays."""

@@ -7,6 +7,7 @@ from convmerge.recognise import border, filters, layout, pointwise, stacked  # n
 from convmerge.recognise.steps import (
     RECOGNISERS,
     BorderFill,
+    Concat,
     Context,
     Filter,
     Passage,
@@ -19,6 +20,7 @@ from convmerge.recognise.steps import (
 __all__ = [
     "RECOGNISERS",
     "BorderFill",
+    "Concat",
     "Context",
     "Filter",
     "Passage",

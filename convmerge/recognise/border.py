@@ -19,6 +19,7 @@ from torch.fx.node import Node
 from convmerge.affine import Affine, Dims, Geometry
 from convmerge.capture import Call
 from convmerge.constants import run_call
+from convmerge.recognise.stacked import concatenation
 from convmerge.recognise.steps import BorderFill, Context, Filter, Same, Scalar, Step, recognises
 
 END = 2**31  # slices to the end have an end at least as large
@@ -106,8 +107,13 @@ def _value(context: Context, pad: Node, writes: Sequence[Node], lo: Dims, hi: Di
     return strips[0, :, 0].clone() if uniform and strips.numel() else None
 
 
-@recognises("cat")
-def surrounded(context: Context, call: Call) -> Step | None:
+@recognises("cat", "concat", "concatenate")
+def cat(context: Context, call: Call) -> Step | None:
+    """A concatenation of data; or data between strips of constants."""
+    return concatenation(context, call) or _surrounded(context, call)
+
+
+def _surrounded(context: Context, call: Call) -> BorderFill | None:
     """Data between strips of one constant per channel, along a spatial dimension."""
     tensors = call.args["tensors"]
     data = [index for index, value in enumerate(tensors) if not context.constant(value)]

@@ -1,11 +1,11 @@
-"""Sums written as ``torch.stack(values).sum(dim)`` or ``.mean(dim)``."""
+"""Sums written as ``torch.stack(values).sum(dim)`` or ``.mean(dim)``, and concatenations."""
 
 from __future__ import annotations
 
 from torch.fx.node import Node
 
 from convmerge.capture import Call
-from convmerge.recognise.steps import Context, Step, Sum, recognises
+from convmerge.recognise.steps import Concat, Context, Step, Sum, recognises
 
 
 def sum_of_stack(context: Context, call: Call) -> Sum | None:
@@ -31,3 +31,15 @@ def sum_of_stack(context: Context, call: Call) -> Sum | None:
 def total(context: Context, call: Call) -> Step | None:
     """A sum over the axis of a stack."""
     return None if "dim" not in call.args else sum_of_stack(context, call)
+
+
+def concatenation(context: Context, call: Call) -> Concat | None:
+    """Values of one dtype one after the other along an axis; None where one is empty or a constant."""
+    values = call.args["tensors"]
+    shapes = [context.shape(value) for value in values]
+    if any(context.constant(value) or shape == (0,) for value, shape in zip(values, shapes, strict=True)):
+        return None
+    dtypes = {context.evidence.dtype(value) for value in values}
+    if len(values) < 2 or len(dtypes) > 1 or not dtypes.pop().is_floating_point:
+        return None
+    return Concat(tuple(values), int(call.args["dim"]) % len(shapes[0]))

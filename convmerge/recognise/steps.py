@@ -72,6 +72,14 @@ class Sum:
 
 
 @dataclass(frozen=True, eq=False)
+class Concat:
+    """target = the sources one after the other along ``axis``, which is not negative."""
+
+    sources: tuple[Node, ...]
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
 class Same:
     """target = source, value for value."""
 
@@ -92,7 +100,7 @@ class Passage:
     kind: str
 
 
-Step = Filter | Scalar | Sum | Same | Passage
+Step = Filter | Scalar | Sum | Concat | Same | Passage
 Recogniser = Callable[["Context", Call], Step | None]
 RECOGNISERS: dict[str, Recogniser] = {}
 
