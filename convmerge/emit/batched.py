@@ -12,7 +12,7 @@ from convmerge.emit.interleave import plain_graph_module
 
 
 def batched_linear(g: Geometry, dtype: torch.dtype, device: torch.device | str) -> fx.GraphModule:
-    """A module of class ``BatchedLinear`` that takes (..., in_channels): ``groups`` equal blocks side by side.
+    """A module of class ``BatchedLinear`` on (..., in_channels), block-diagonal with ``groups`` equal blocks.
 
     Its weight is (groups, out, in) and its bias (groups, out, 1), per block; their values are not set.
     """
@@ -32,7 +32,8 @@ def batched_linear(g: Geometry, dtype: torch.dtype, device: torch.device | str) 
     else:
         y = graph.call_function(torch.bmm, (weight, columns))
     y = graph.call_method("permute", (y, 2, 0, 1))
-    lead = graph.call_function(operator.getitem, (graph.call_function(getattr, (x, "shape")), slice(None, -1)))
-    shape = graph.call_function(operator.add, (lead, (g.out_channels,)))
+    shape = graph.call_function(getattr, (x, "shape"))
+    shape = graph.call_function(operator.getitem, (shape, slice(None, -1)))
+    shape = graph.call_function(operator.add, (shape, (g.out_channels,)))
     graph.output(graph.call_method("reshape", (y, shape)))
     return plain_graph_module(root, graph, "BatchedLinear")

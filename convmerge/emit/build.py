@@ -14,11 +14,13 @@ from convmerge.algebra.axis import Placement, axes
 from convmerge.algebra.branches import place
 from convmerge.algebra.compose import expand_groups
 from convmerge.algebra.polyphase import polyphase
+from convmerge.emit.batched import batched_linear
 from convmerge.emit.interleave import interleaver
 from convmerge.emit.layer import Emission, Layer, transposed_padding
 from convmerge.emit.ways import emissions
 from convmerge.errors import Refusal
 
+WITH_WEIGHTS = ("linear", "batched_linear", "conv", "conv_transpose")
 # Which weights a memory format applies to.
 _RANK = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
@@ -68,7 +70,7 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the emission's layer, as torch lays them out, in float64."""
     if emission.shift is not None:
         form = polyphase(form, emission.shift)
-    layer = next(x for x in emission.layers if x.kind in ("linear", "conv", "conv_transpose"))
+    layer = next(x for x in emission.layers if x.kind in WITH_WEIGHTS)
     weight, groups = form.weight, form.geometry.groups
     kinds = {x.kind for x in emission.layers}
     if "avg_pool" in kinds or "nearest" in kinds:
@@ -78,6 +80,11 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
         return mix.reshape(*mix.shape, *layer.geometry.kernel), form.bias
     if layer.kind == "linear":
         return expand_groups(weight, groups, 1), form.bias
+    if layer.kind == "batched_linear":
+        n = layer.geometry.groups
+        blocks = expand_groups(weight, groups, n)
+        bias = None if form.bias is None else form.bias.reshape(n, -1, 1)
+        return blocks.reshape(n, -1, blocks.shape[1]), bias
     if form.ones is not None:
         weight = torch.cat([weight, form.ones.unsqueeze(1)], 1)
     dims = axes(layer.geometry)
@@ -98,6 +105,8 @@ def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
     new = {"dtype": dtype, "device": "meta"}
     if layer.kind == "linear":
         return nn.Linear(g.in_channels, g.out_channels, g.bias, **new)
+    if layer.kind == "batched_linear":
+        return batched_linear(g, dtype, "meta")
     if layer.kind == "conv":
         conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
         sizes = (g.kernel, g.down, g.lo, g.dilation)

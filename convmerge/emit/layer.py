@@ -9,7 +9,16 @@ from convmerge.affine import Dims, Geometry
 from convmerge.algebra.axis import axes, words
 
 Kind = Literal[
-    "linear", "conv", "conv_transpose", "pad", "ones", "shuffle", "interleave", "avg_pool", "nearest"
+    "linear",
+    "batched_linear",
+    "conv",
+    "conv_transpose",
+    "pad",
+    "ones",
+    "shuffle",
+    "interleave",
+    "avg_pool",
+    "nearest",
 ]
 
 
@@ -67,6 +76,8 @@ def _describe(layer: Layer) -> str:
         return f"AvgPool{n}d({words(g.kernel)})"
     if layer.kind == "nearest":
         return f"Upsample(nearest, {words(g.up)})"
+    if layer.kind == "batched_linear":
+        return f"BatchedLinear({g.groups} × {g.in_channels // g.groups}→{g.out_channels // g.groups})"
     if layer.kind == "linear":
         return f"Linear({g.in_channels}, {g.out_channels})"
     options = {"stride": g.down, "padding": g.lo, "dilation": g.dilation}

@@ -1,4 +1,4 @@
-"""Layers side by side, each on channels of its own: block-diagonal forms whose blocks differ or are permuted."""
+"""Layers side by side, each on channels of its own: blocks that differ, or that a permutation hides."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from convmerge.algebra import commutes_geometry
 from convmerge.algebra.axis import Axis, axes, from_axes
 from convmerge.algebra.polyphase import polyphase_axis, polyphase_geometry
 from convmerge.emit.interleave import Interleaving, interleaving_geometry
-from convmerge.emit.layer import Emission, Layer
+from convmerge.emit.layer import Emission, Kind, Layer
 from convmerge.errors import Refusal
 
 
@@ -28,13 +28,20 @@ def emissions(g: Geometry) -> tuple[Emission, ...]:
     if g.spatial > 3:
         raise Refusal(f"torch.nn has no convolution of {g.spatial} dimensions")
     if g.spatial == 0:
-        dense = replace(g, groups=1)
-        return (Emission((Layer("linear", dense),), (), ()),)
+        return tuple(_products(g))
     if math.prod(g.up) == 1:
         return tuple(_convolutions(g))
     phases = tuple(_phases(g))
     # No transposed convolution strides, or has a bias that depends on the position.
     return phases if g.phased or math.prod(g.down) > 1 else (_transposed(g), *phases)
+
+
+def _products(g: Geometry) -> Iterator[Emission]:
+    """The dense matrix, and batches of blocks; of fewer and larger ones too, as small ones are slow."""
+    for groups in range(1, 2 if g.diagonal else g.groups + 1):
+        if g.groups % groups == 0:
+            kind: Kind = "batched_linear" if groups > 1 else "linear"
+            yield Emission((Layer(kind, replace(g, groups=groups)),), (), ())
 
 
 def _convolutions(g: Geometry) -> Iterator[Emission]:
