@@ -64,8 +64,7 @@ def border_option(
     b = bordered(stages)
     if any(n < ROOM * least for n, least in zip(place.size, b.minimum, strict=True)):
         raise Refusal(f"a map of {words(place.size)} is mostly borders")
-    native = dtype in (torch.float32, torch.float64)
-    return b, bordered_cost(b, place.size, batch=place.batch, native=native)
+    return b, bordered_cost(b, place.size, batch=place.batch, dtype=dtype)
 
 
 def border_pays(before: Cost, after: Cost) -> bool:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from convmerge.affine import Geometry
 from convmerge.borderclasses import Bordered
 from convmerge.emit import Emission, Kind, Layer, emissions
@@ -53,18 +55,47 @@ class Rate:
     overhead: float
 
 
-# Best of many runs in eager mode, float32, torch 2.14 with 2 threads on an AMD EPYC (Zen 5, AVX-512), at
-# 16..512 channels and maps of 2×2..112×112; tests/benchmarks/calibrate.py prints measured beside predicted.
+@dataclass(frozen=True)
+class Load:
+    """What a layer asks of the machine: the kind of its rate, MACs, bytes moved.
+
+    Both in terms of what the kernel does: channels that fill up a block, and weights that are laid out anew
+    for the call, count as well.
+    """
+
+    kind: str
+    work: float
+    moved: float
+
+    @property
+    def latency(self) -> float:
+        """Predicted seconds."""
+        return latency(RATES[self.kind], self)
+
+
+def latency(rate: Rate, load: Load) -> float:
+    """The roofline described above, in seconds."""
+    compute, traffic = load.work / rate.peak, load.moved / rate.bandwidth
+    return rate.overhead + max(compute, traffic) + min(compute, traffic) / 2
+
+
+# Fitted by tests/benchmarks/calibrate.py to the best of many short runs, of all cases in turn: eager mode,
+# float32, torch 2.14 with 2 threads on an AMD EPYC (Zen 5, AVX-512), 3..512 channels, maps of 3×3..112×112.
+# It prints measured beside predicted time, and the constants that fit another machine.
 RATES = {
-    "dense": Rate(240e9, 17e9, 8e-6),
-    "pointwise": Rate(215e9, 17e9, 6e-6),
-    "grouped": Rate(230e9, 17e9, 45e-6),
-    "depthwise": Rate(100e9, 45e9, 45e-6),
-    "transposed": Rate(180e9, 7.5e9, 9e-6),
+    "blocked": Rate(217e9, 29e9, 44e-6),
+    "pointwise": Rate(215e9, 21e9, 43e-6),
+    "grouped": Rate(264e9, 15e9, 46e-6),
+    "depthwise": Rate(112e9, 45e9, 47e-6),
+    "native": Rate(85e9, 28e9, 8e-6),
+    "native pointwise": Rate(123e9, 24e9, 7e-6),
+    "native volume": Rate(67e9, 7.8e9, 8e-6),
+    "transposed": Rate(180e9, 4e9, 9e-6),
     "transposed depthwise": Rate(4.5e9, 10e9, 20e-6),
-    "strip": Rate(45e9, 17e9, 10e-6),
-    "blocked strip": Rate(90e9, 17e9, 38e-6),
     "linear": Rate(100e9, 70e9, 4e-6),
+    "batched": Rate(130e9, 20e9, 6.5e-6),
+    "select": Rate(math.inf, 20e9, 4e-6),
+    "view": Rate(math.inf, math.inf, 1e-6),
     "elementwise": Rate(math.inf, 150e9, 2e-6),
     "batch norm": Rate(math.inf, 110e9, 8e-6),
     "pad": Rate(math.inf, 110e9, 4e-6),
@@ -75,12 +106,26 @@ RATES = {
     "interleave": Rate(math.inf, 15e9, 25e-6),
     "copy": Rate(math.inf, 14e9, 3e-6),
 }
-# Dense kernels run on blocks of channels: a convolution of 20 channels takes the time of 32. Below about this
-# many channels they also reach a smaller part of their peak.
+# The vectors of the kernels are 16 channels long: a convolution to 20 channels takes the time of one to 32.
+# From a few channels, such as those of an image, there are kernels that take them as they are.
 BLOCK = 16
-HALF_PEAK_CHANNELS = 14
+FEW = 8
+SHORT_ROW = 1.2  # how much of an output position more each row of them takes in a blocked kernel
+# torch leaves convolutions of few numbers to its own kernel: taps copied side by side, one matrix product.
+NATIVE_NUMBERS = 20480
+ROW = 8  # numbers that might be copied in the time it takes to begin another row
+# How many times weights are moved in a call: laid out in blocks; packed for a matrix product of few columns.
+BLOCKED_WEIGHTS = 1.5
+NATIVE_WEIGHTS = 3
+BATCHED_WEIGHTS = 0.3
+JOINT = 4e-6  # seconds for every border class: its slice, its call, its place in the concatenation
 
-_LAYERS: dict[str, Kind] = {"conv": "conv", "conv_transpose": "conv_transpose", "linear": "linear"}
+_LAYERS: dict[str, Kind] = {
+    "linear": "linear",
+    "batched_linear": "batched_linear",
+    "conv": "conv",
+    "conv_transpose": "conv_transpose",
+}
 # Operators that are not convolutions or linear layers, by name → kind.
 _KINDS = {
     "batch_norm": "batch norm",
@@ -95,56 +140,70 @@ _KINDS = {
     "pixel_unshuffle": "shuffle",
     "channel_shuffle": "copy",
     "cat": "copy",
+    "index_select": "select",
+    "narrow": "view",
 }
 
 
-def layer_cost(layer: Layer, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4) -> Cost:
-    """Cost of one layer on ``batch`` maps of spatial size ``size``, ``dtype_size`` bytes a number."""
+def layer_cost(
+    layer: Layer, size: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """Cost of one layer on ``batch`` maps of spatial size ``size``."""
+    seconds = layer_load(layer, size, batch=batch, dtype=dtype).latency
+    if layer.kind not in _LAYERS:
+        return Cost(seconds, 0, 0)
+    return Cost(seconds, batch * layer.geometry.macs(size), layer.geometry.weights)
+
+
+def layer_load(
+    layer: Layer, size: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> Load:
+    """What one layer asks of the machine on ``batch`` maps of spatial size ``size``."""
     g = layer.geometry
-    if layer.kind in ("linear", "conv", "conv_transpose"):
-        name, work = _convolution(layer)
-        macs = batch * g.macs(size)
-        moved = _activations(g, size) * batch + g.weights
-        return Cost(_latency(RATES[name], macs * work, moved * dtype_size), macs, g.weights)
+    activations = batch * _activations(g, size) * _bytes(dtype)
+    weights = g.weights * _bytes(dtype)
+    work = float(batch * g.macs(size))
+    if layer.kind == "conv":
+        return _convolution(g, size, batch, dtype)
+    if layer.kind == "batched_linear":
+        return _batched(g, batch, dtype)
+    if layer.kind == "linear":
+        return Load("linear", work, activations + weights)
+    if layer.kind == "conv_transpose":
+        depthwise = g.groups > 1 and g.groups == g.in_channels
+        return Load("transposed depthwise" if depthwise else "transposed", work, activations + weights)
     kinds = {"shuffle": "shuffle", "interleave": "interleave", "avg_pool": "pool", "nearest": "upsample"}
     kind = kinds.get(layer.kind, "pad")
-    taps = batch * g.macs(size) if kind == "pool" else 0
-    return Cost(_latency(RATES[kind], taps, _activations(g, size) * batch * dtype_size), 0, 0)
+    return Load(kind, work if kind == "pool" else 0, activations)
 
 
-def emission_cost(emission: Emission, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4) -> Cost:
+def emission_cost(
+    emission: Emission, size: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> Cost:
     """Cost of all layers of an emission, one after the other."""
     total = ZERO
     for layer in emission.layers:
-        total = total + layer_cost(layer, size, batch=batch, dtype_size=dtype_size)
+        total = total + layer_cost(layer, size, batch=batch, dtype=dtype)
         size = layer.geometry.out_size(size)
     return total
 
 
 def bordered_cost(
-    b: Bordered, size: Sequence[int], *, batch: int = 1, dtype_size: int = 4, native: bool = True
+    b: Bordered, size: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.float32
 ) -> Cost:
-    """Cost of an interior kernel, of the kernels of all border classes, and of putting them together.
-
-    native: whether torch runs small convolutions natively, as it does in single and double precision.
-    """
+    """Cost of an interior kernel, of the kernels of all border classes, and of putting them together."""
     total = ZERO
     for key in b.keys:
         layer, at = Layer("conv", b.layer(key)), b.layer_size(key, size)
-        cost = layer_cost(layer, at, batch=batch, dtype_size=dtype_size)
-        if key != b.interior:
-            moved = dtype_size * (_activations(layer.geometry, at) * batch + layer.geometry.weights)
-            blocked = batch > 1 or not native or _is_blocked(layer.geometry)
-            rate = RATES["blocked strip" if blocked else "strip"]
-            cost = replace(cost, latency=_latency(rate, cost.macs, moved))
+        cost = layer_cost(layer, at, batch=batch, dtype=dtype)
         weights = cost.weights * math.prod(b.residues(key))
-        total = total + replace(cost, weights=weights)
+        total = total + replace(cost, latency=cost.latency + JOINT, weights=weights)
     outputs = batch * b.low.out_channels * math.prod(b.low.out_size(size))
     joins = sum(side.ends.blocks > 0 for side in b.sides)
     for _ in range(joins):
-        total = total + operator_cost("pad", outputs, dtype_size=dtype_size)
+        total = total + operator_cost("pad", outputs, dtype=dtype)
     if max(b.rates) > 1:
-        total = total + operator_cost("pixel_shuffle", outputs, dtype_size=dtype_size)
+        total = total + operator_cost("pixel_shuffle", outputs, dtype=dtype)
     return total
 
 
@@ -154,14 +213,14 @@ def cheapest(
     *,
     objective: Objective = "latency",
     batch: int = 1,
-    dtype_size: int = 4,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Emission, Cost]:
     """The cheapest way to build a form of this geometry for inputs of this size.
 
     Raises:
         Refusal: no layer of torch.nn computes it.
     """
-    costed = ((e, emission_cost(e, size, batch=batch, dtype_size=dtype_size)) for e in emissions(g))
+    costed = ((e, emission_cost(e, size, batch=batch, dtype=dtype)) for e in emissions(g))
     return min(costed, key=lambda pair: pair[1].key(objective))
 
 
@@ -172,7 +231,7 @@ def operator_cost(
     geometry: Geometry | None = None,
     size: Sequence[int] = (),
     batch: int = 1,
-    dtype_size: int = 4,
+    dtype: torch.dtype = torch.float32,
 ) -> Cost:
     """Cost of an operator as a model has it now.
 
@@ -182,26 +241,33 @@ def operator_cost(
         elements: numbers in its input, for operators without a geometry.
         geometry, size, batch: its form, and the maps it runs on.
     """
-    if geometry is None:
-        rate = RATES[_KINDS.get(name, "elementwise")]
-        return Cost(_latency(rate, 0, 2 * elements * dtype_size), 0, 0)
-    if name in _LAYERS:
-        return layer_cost(Layer(_LAYERS[name], geometry), size, batch=batch, dtype_size=dtype_size)
     kind = _KINDS.get(name, "elementwise")
-    moved = batch * _activations(geometry, size) * dtype_size
+    if geometry is None:
+        return Cost(Load(kind, 0, 2 * elements * _bytes(dtype)).latency, 0, 0)
+    if name in _LAYERS:
+        return layer_cost(Layer(_LAYERS[name], geometry), size, batch=batch, dtype=dtype)
+    moved = batch * _activations(geometry, size) * _bytes(dtype)
     taps = batch * geometry.macs(size) if kind == "pool" else 0
     weights = geometry.weights if kind in ("batch norm", "elementwise") else 0
-    return Cost(_latency(RATES[kind], taps, moved), 0, weights)
+    return Cost(Load(kind, taps, moved).latency, 0, weights)
 
 
-def _is_blocked(g: Geometry) -> bool:
-    """Whether torch runs a small convolution on blocks of channels, relaid for the call, and not natively."""
-    return g.groups > 1 or max(g.down) > 1 or max(g.dilation) > 1 or (g.spatial > 1 and min(g.kernel) > 3)
+def is_native(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> bool:
+    """Whether torch runs a convolution with its own kernels and not with the blocked ones of oneDNN.
+
+    The rule is that of ``use_mkldnn`` in aten/src/ATen/native/Convolution.cpp, for more than one thread.
+    """
+    if dtype.itemsize < 4:
+        return False
+    if g.groups > 1 or batch > 1 or (g.spatial > 1 and min(g.kernel[-2:]) > 3):
+        return False
+    # The rule does not look at the last dimension of a volume.
+    return g.in_channels * math.prod(size[:2]) <= NATIVE_NUMBERS
 
 
-def _latency(rate: Rate, macs: float, moved: float) -> float:
-    compute, traffic = macs / rate.peak, moved / rate.bandwidth
-    return rate.overhead + max(compute, traffic) + min(compute, traffic) / 2
+def _bytes(dtype: torch.dtype) -> int:
+    """Of one number; double precision is planned as single, so that a model merges alike in both."""
+    return min(4, dtype.itemsize)
 
 
 def _activations(g: Geometry, size: Sequence[int]) -> int:
@@ -209,24 +275,46 @@ def _activations(g: Geometry, size: Sequence[int]) -> int:
     return g.in_channels * math.prod(size) + g.out_channels * math.prod(g.out_size(size))
 
 
-def _convolution(layer: Layer) -> tuple[str, float]:
-    """The kind of rate, and how many times its MACs the layer takes the time of."""
-    g = layer.geometry
-    if layer.kind == "linear":
-        return "linear", 1.0
+def _convolution(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
+    activations = batch * _activations(g, size)
+    work = float(batch * g.macs(size))
+    taps = math.prod(g.kernel)
+    if is_native(g, size, batch, dtype):
+        return _native(g, size, batch, dtype)
     into, out = g.in_channels // g.groups, g.out_channels // g.groups
-    if layer.kind == "conv_transpose":
-        return ("transposed depthwise" if into == 1 and g.groups > 1 else "transposed"), 1.0
-    if g.groups > 1:
-        if into == out == 1:
-            return "depthwise", 1.0
-        return "grouped", _blocks(into, 4) * _blocks(out, BLOCK)
-    if math.prod(g.kernel) == 1:
-        return "pointwise", 1.0
-    # A few input channels (an image) are not blocked as wide as many.
-    narrow = BLOCK if into > 4 else BLOCK // 2
-    wide = max(into * _blocks(into, narrow), out * _blocks(out, BLOCK))
-    return "dense", _blocks(into, narrow) * _blocks(out, BLOCK) * (1 + HALF_PEAK_CHANNELS / wide)
+    kind, weights = "blocked", BLOCKED_WEIGHTS * g.weights
+    if into == out == 1:
+        kind = "depthwise"
+    elif g.groups > 1:
+        kind, work = "grouped", work * _blocks(into, 4) * _blocks(out, BLOCK)
+    elif taps == 1:
+        kind = "pointwise"
+    else:
+        rows = 1 + SHORT_ROW / max(1, g.out_size(size)[-1])
+        work *= rows * _blocks(out, BLOCK) * (_blocks(into, BLOCK) if into > FEW else 1)
+    return Load(kind, work, (activations + weights) * _bytes(dtype))
+
+
+def _batched(g: Geometry, batch: int, dtype: torch.dtype) -> Load:
+    """A product for every block, of maps that are laid out anew before and after; weights stay in place."""
+    into, out = g.in_channels // g.groups, g.out_channels // g.groups
+    work = batch * g.macs(()) * _blocks(into, 4) * (_blocks(out, BLOCK) if batch > 1 else 1)
+    moved = batch * _activations(g, ()) + BATCHED_WEIGHTS * g.weights
+    return Load("batched", work, moved * dtype.itemsize)
+
+
+def _native(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
+    work, taps = float(batch * g.macs(size)), math.prod(g.kernel)
+    out = [max(1, n) for n in g.out_size(size)]
+    positions = batch * math.prod(out)
+    if g.spatial == 3:
+        return Load("native volume", work, g.in_channels * taps * positions * _bytes(dtype))
+    # A product with a single column, a matrix by a vector, takes the weights as they are.
+    weights = (NATIVE_WEIGHTS if positions > 1 else 1) * g.weights
+    if taps == 1:
+        return Load("native pointwise", work, (batch * _activations(g, size) + weights) * _bytes(dtype))
+    columns = g.in_channels * taps * (positions + ROW * positions // out[-1])
+    return Load("native", work, (columns + g.out_channels * positions + weights) * _bytes(dtype))
 
 
 def _blocks(channels: int, block: int) -> float:
