@@ -124,6 +124,7 @@ _LAYERS: dict[str, Kind] = {
     "linear": "linear",
     "batched_linear": "batched_linear",
     "conv": "conv",
+    "averaging": "averaging",
     "conv_transpose": "conv_transpose",
 }
 # Operators that are not convolutions or linear layers, by name → kind.
@@ -163,7 +164,7 @@ def layer_load(
     activations = batch * _activations(g, size) * _bytes(dtype)
     weights = g.weights * _bytes(dtype)
     work = float(batch * g.macs(size))
-    if layer.kind == "conv":
+    if layer.kind in ("conv", "averaging"):
         return _convolution(g, size, batch, dtype)
     if layer.kind == "batched_linear":
         return _batched(g, batch, dtype)

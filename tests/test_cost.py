@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convmerge.affine import Geometry
+from convmerge.affine import Affine, Geometry
+from convmerge.algebra import compose
 from convmerge.algebra.axis import POINT, Axis, from_axes
 from convmerge.borders import join_geometry
 from convmerge.cost import ZERO, Cost, cheapest, emission_cost, layer_cost, operator_cost
-from convmerge.emit import Layer, build, emissions
+from convmerge.emit import Layer, build, emissions, swapped
 
 SAME = Axis(3, 1, 1, 1, 1, 1)
 VALID = Axis(3, 1, 1, 1, 0, 0)
@@ -42,8 +43,6 @@ def test_cost_of_an_emission_is_that_of_what_is_built() -> None:
 
 
 def _zeros(g: Geometry):  # type: ignore[no-untyped-def]
-    from convmerge.affine import Affine
-
     weight = torch.zeros(g.out_channels, g.in_channels, *g.kernel, dtype=torch.float64)
     return Affine(g, weight, weight[:, 0, 0, 0], weight[:, 0])
 
@@ -113,3 +112,32 @@ def test_zero_taps_are_chosen_over_padding_only_where_they_are_cheaper() -> None
     assert str(cheapest(small, (8, 8))[0]).startswith("Conv2d(16, 16, 6×6")
     large = from_axes(256, 256, 1, [Axis(3, 1, 2, 1, 0, 1)] * 2)
     assert str(cheapest(large, (56, 56))[0]).startswith("ZeroPad2d")
+
+
+def pool(channels: int, kernel: int, stride: int) -> Geometry:
+    return from_axes(channels, channels, channels, [Axis(kernel, 1, stride, 1, 0, 0)] * 2)
+
+
+def test_a_transition_of_densenet_averages_first_by_a_depthwise_convolution() -> None:
+    ways = swapped(pool(128, 2, 2), mix(256, 128), "avg_pool")
+    pooled, averaged = (emission_cost(way, (56, 56)) for way in ways)
+    apart = emission_cost(emissions(mix(256, 128))[0], (56, 56)).macs
+    assert averaged.latency < pooled.latency
+    assert averaged.macs == pooled.macs + 256 * 4 * 28 * 28
+    assert averaged.macs < 0.27 * apart
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (3, 1)])
+def test_averages_taken_either_way_are_the_same_form(kernel: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight, bias, x = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((5, 3, 1, 1), (5,), (2, 3, 11, 13))
+    )
+    taps = torch.full((5, 1, kernel, kernel), 1 / kernel**2, dtype=torch.float64)
+    inner = Affine(mix(3, 5), weight, bias)
+    outer = Affine(pool(5, kernel, stride), taps)
+    expected = outer(inner(x))
+    for way in swapped(outer.geometry, inner.geometry, "avg_pool"):
+        layers = build(compose(outer, inner), way, torch.float64)
+        assert torch.allclose(layers(x), expected, rtol=1e-13, atol=1e-13)

@@ -47,7 +47,8 @@ def build(
     modules: list[nn.Module] = []
     for layer in emission.layers:
         module = _empty(layer, dtype)
-        for name, values in (("weight", weight), ("bias", bias)):
+        numbers = (_mean(layer.geometry), None) if layer.kind == "averaging" else (weight, bias)
+        for name, values in zip(("weight", "bias"), numbers, strict=True):
             if getattr(module, name, None) is not None and values is not None:
                 rounded = round_once(values, dtype).to(device)
                 if rounded.dim() == _RANK.get(memory_format):
@@ -73,10 +74,10 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     layer = next(x for x in emission.layers if x.kind in WITH_WEIGHTS)
     weight, groups = form.weight, form.geometry.groups
     kinds = {x.kind for x in emission.layers}
-    if "avg_pool" in kinds or "nearest" in kinds:
+    if kinds & {"avg_pool", "averaging", "nearest"}:
         # The resampling's taps are alike: their sum is the mix under a mean, any one the mix above a copy.
         taps = weight.flatten(2)
-        mix = taps.sum(2) if "avg_pool" in kinds else taps.mean(2)
+        mix = taps.mean(2) if "nearest" in kinds else taps.sum(2)
         return mix.reshape(*mix.shape, *layer.geometry.kernel), form.bias
     if layer.kind == "linear":
         return expand_groups(weight, groups, 1), form.bias
@@ -93,6 +94,11 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     return _transposed_weight(weight, groups) if layer.kind == "conv_transpose" else weight, form.bias
 
 
+def _mean(g: Geometry) -> Tensor:
+    """The weights of a depthwise convolution that takes the mean of what is under it, in float64."""
+    return torch.full((g.out_channels, 1, *g.kernel), 1 / math.prod(g.kernel), dtype=torch.float64)
+
+
 def _transposed_weight(weight: Tensor, groups: int) -> Tensor:
     """The correlation (out, in / groups, *k) as torch's transposed convolution (in, out / groups, *k)."""
     blocks = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
@@ -107,7 +113,7 @@ def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
         return nn.Linear(g.in_channels, g.out_channels, g.bias, **new)
     if layer.kind == "batched_linear":
         return batched_linear(g, dtype, "meta")
-    if layer.kind == "conv":
+    if layer.kind in ("conv", "averaging"):
         conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
         sizes = (g.kernel, g.down, g.lo, g.dilation)
         return cast(nn.Module, conv(g.in_channels, g.out_channels, *sizes, g.groups, g.bias, **new))

@@ -39,8 +39,8 @@ class Maker:
         if covers_map(elements):
             geometry = cover_geometry(geometry, home_place.size)
         emission, cost = self.cheapest(geometry, home_place)
-        if (other := self._swapped(elements, runs, home_place)) is not None:
-            emission, cost = min((emission, cost), other, key=lambda pair: pair[1].key(self.objective))
+        others = [(emission, cost), *self._swapped(elements, runs, home_place)]
+        emission, cost = min(others, key=lambda pair: pair[1].key(self.objective))
         emptied = tuple(run for index, run in enumerate(runs) if index != home)
         return Site(elements, place, runs[home], emptied, home_place, geometry, emission, before, cost)
 
@@ -58,20 +58,20 @@ class Maker:
         check_place(geometry, place)
         return cheapest(geometry, place.size, objective=self.objective, batch=place.batch)
 
-    def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> tuple[Emission, Cost] | None:
+    def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> list[tuple[Emission, Cost]]:
         """A channel mix on the other side of an average pool or a nearest upsampling, where the two swap."""
         solid = [e for e in elements if not is_same(e)]
         first, last = _resampling(solid[0]), _resampling(solid[-1])
         if len(runs) != 1 or (first == "nearest") == (last == "avg_pool"):
-            return None
+            return []
         try:
             parts = (solid[:1], solid[1:]) if first == "nearest" else (solid[:-1], solid[-1:])
             inner = fold_geometry(parts[0], place)
             outer = fold_geometry(parts[1], after(place, inner))
-            emission = swapped(outer, inner, "nearest" if first == "nearest" else "avg_pool")
+            ways = swapped(outer, inner, "nearest" if first == "nearest" else "avg_pool")
         except Refusal:
-            return None
-        return emission, emission_cost(emission, place.size, batch=place.batch)
+            return []
+        return [(way, emission_cost(way, place.size, batch=place.batch)) for way in ways]
 
 
 def _resampling(element: Element) -> str:
