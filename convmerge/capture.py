@@ -8,12 +8,9 @@ model is run for real under the tracer that torch.export itself uses, which give
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +24,7 @@ from torch.utils import _pytree as pytree
 from convmerge.copying import deep_copy
 from convmerge.errors import ConvmergeError
 from convmerge.inputs import Inputs
+from convmerge.tracing import VisibleData, collector_paused, drop_idle, quiet
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
     Raises ConvmergeError where neither torch.export nor torch.fx can follow the model.
     """
     try:
-        with _collector_paused():
+        with collector_paused():
             return _export(copy_model(model).eval(), inputs.clone())
     except Exception as error:  # torch.export raises many types on code it cannot follow
         try:
@@ -162,18 +160,6 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
                 f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}",
                 hint="does the model run on these inputs? run with -v for the whole error",
             ) from error
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection while a graph grows: it would look at all of it again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def plain_defaults(model: nn.Module) -> dict[str, Any]:
@@ -189,8 +175,10 @@ def plain_defaults(model: nn.Module) -> dict[str, Any]:
 def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     canonical = canonical_paths(model)
     unseen = contextlib.redirect_stderr(io.StringIO())  # where it fails, it prints the graph it has so far
-    with quiet(), unseen, _record_calls(model) as recorded, torch.no_grad():
+    with quiet(), unseen, VisibleData(), _record_calls(model) as recorded, torch.no_grad():
         program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
+    if any(_of_unknown_size(node) for node in program.graph.nodes):
+        raise ValueError("the size of a tensor depends on values")
     if any("_has_compatible_shallow_copy_type" in str(node.target) for node in program.graph.nodes):
         raise ValueError("it replaces the .data of a tensor, which the exported graph does not show")
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -205,6 +193,11 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     return _evidence(program.graph, tensors, canonical, _signatures(recorded, canonical))
 
 
+def _of_unknown_size(node: Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and any(isinstance(n, torch.SymInt) for n in val.shape)
+
+
 def _run(model: nn.Module, inputs: Inputs) -> Evidence:
     """Record the calls of one real run; weights computed past the tracer are constants of it."""
     canonical = canonical_paths(model)
@@ -216,7 +209,7 @@ def _run(model: nn.Module, inputs: Inputs) -> Evidence:
         )
 
     forward._orig_mod = model  # type: ignore[attr-defined]  # says whose modules the calls belong to
-    with quiet(), _record_calls(model) as recorded, torch.no_grad():
+    with quiet(), VisibleData(), _record_calls(model) as recorded, torch.no_grad():
         traced = make_fx(
             forward, pre_dispatch=True, record_module_stack=True, _error_on_data_dependent_ops=False
         )(*inputs.args, *inputs.kwargs.values())
@@ -247,6 +240,7 @@ def _evidence(
     signatures: dict[str, Signature],
 ) -> Evidence:
     """Normalise a traced graph, which the result owns from then on."""
+    drop_idle(graph)
     calls: dict[Node, Call] = {}
     inputs: list[Node] = []
     outputs: set[Node] = set()
@@ -330,22 +324,6 @@ def _signature(calls: list[tuple[Any, Any, Any]]) -> Signature:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of tracing, which say nothing about the user's model."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def live_calls(calls: Sequence[Node]) -> list[Node]:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
-from convmerge.capture import Evidence, Frame, Signature, live_calls, plain_defaults, quiet
+from convmerge.capture import Evidence, Frame, Signature, live_calls, plain_defaults
 from convmerge.constants import Constants, memory_root, view_of
 from convmerge.errors import Refusal
+from convmerge.tracing import VisibleData, drop_idle, quiet, unmarked
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class _Tracer(fx.Tracer):
 def _trace(module: nn.Module, signature: Signature, opened: frozenset[str]) -> fx.Graph:
     bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
     absent = {k: v for k, v in plain_defaults(module).items() if k not in bound.arguments}
-    with quiet():
+    with quiet(), unmarked(module):
         graph = _Tracer(opened).trace(module, concrete_args=absent or None)
     names = list(inspect.signature(module.forward).parameters)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -150,8 +152,9 @@ def _export_stepwise(
         if variadic and bound.arguments.get(name):
             raise ValueError("it takes any number of arguments")
         inputs.append(bound.arguments.get(name))
-    with quiet(), torch.no_grad():
+    with quiet(), unmarked(module), VisibleData(), torch.no_grad():
         program = torch.export.export(_Stepwise(module, graph), tuple(inputs), strict=False)
+    drop_idle(program.graph)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     exported, made_by = [], []
     for node in program.graph.nodes:
@@ -191,7 +194,7 @@ def same_calls(left: Sequence[Node], right: Sequence[Node]) -> bool:
     back: dict[Node, Node] = {}
     made_here = set(left)
     for a, b in zip(left, right, strict=True):
-        if not _same_operator(a, b, made_here) or not _same_value(
+        if not same_operator(a, b, made_here) or not _same_value(
             (a.args, a.kwargs), (b.args, b.kwargs), matched, back
         ):
             return False
@@ -199,7 +202,7 @@ def same_calls(left: Sequence[Node], right: Sequence[Node]) -> bool:
     return True
 
 
-def _same_operator(a: Node, b: Node, made_here: set[Node]) -> bool:
+def same_operator(a: Node, b: Node, made_here: set[Node]) -> bool:
     """The same target, or its out-of-place form where what was written to is the module's own.
 
     ``y += x`` under torch.fx becomes ``y + x``: the same value, and nobody else can tell.
@@ -244,9 +247,7 @@ def cut(trace: Trace, positions: Sequence[int]) -> Cut:
         if node in inside and position not in covered and position not in trace.constant:
             raise Refusal("one expression of the code computes part of it and something else")
     silent = _silent(trace)
-    handing = {
-        node for node in silent if node.op == "call_module"
-    }  # a function may pick one of several values
+    handing = {node for node in silent if _hands_on(node)}
     inside |= _between(trace.graph, inside, handing)
     inside |= _checks(trace.graph, inside, silent)
     nodes = tuple(node for node in trace.graph.nodes if node in inside)
@@ -265,10 +266,22 @@ def _silent(trace: Trace) -> set[Node]:
     return {node for node in trace.graph.nodes if node.op in calls and node not in loud}
 
 
-def _through(node: Node, silent: set[Node]) -> Node:
+IDLE_FUNCTIONS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout})
+IDLE_METHODS = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16"})
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether a silent node gives its first argument on; other functions may pick one of several values."""
+    if node.op == "call_module":
+        return len(node.all_input_nodes) == 1
+    idle = node.target in (IDLE_METHODS if node.op == "call_method" else IDLE_FUNCTIONS)
+    return idle and isinstance(node.args[0] if node.args else None, Node)
+
+
+def _through(node: Node, handing: set[Node]) -> Node:
     """The value that silent nodes hand on."""
-    while node in silent and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
+    while node in handing:
+        node = node.args[0] if node.args and isinstance(node.args[0], Node) else node.all_input_nodes[0]
     return node
 
 

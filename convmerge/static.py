@@ -7,8 +7,9 @@ import itertools
 
 from torch import fx, nn
 
-from convmerge.capture import Signature, plain_defaults, quiet
+from convmerge.capture import Signature, plain_defaults
 from convmerge.lower import Edit, GraphEdit
+from convmerge.tracing import quiet, unmarked
 
 
 class _SequentialsOpen(fx.Tracer):
@@ -52,7 +53,7 @@ class StaticProofs:
             try:
                 bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
                 absent = {k: v for k, v in plain_defaults(module).items() if k not in bound.arguments}
-                with quiet():
+                with quiet(), unmarked(module):
                     self._traces[path] = _SequentialsOpen().trace(module, concrete_args=absent or None)
             except Exception:  # torch.fx raises many types on code it cannot follow: then nothing is proved
                 self._traces[path] = None
