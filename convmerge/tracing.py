@@ -107,15 +107,18 @@ def _is_idle(node: Node) -> bool:
 @contextlib.contextmanager
 def unmarked(module: nn.Module) -> Iterator[None]:
     """Undo what code that assigns to its own attributes leaves on a module while it is traced."""
-    before = [
-        (m, dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in module.modules()
-    ]
+    before = [(m, [dict(kept) for kept in _state(m)]) for m in module.modules()]
     try:
         yield
     finally:
-        for m, plain, *registries in before:
+        for m, states in before:
             vars(m).clear()
-            vars(m).update(plain)
-            for kept, now in zip(registries, (m._parameters, m._buffers, m._modules), strict=True):
+            vars(m).update(states[0])
+            for kept, now in zip(states[1:], _state(m)[1:], strict=True):
                 now.clear()
                 now.update(kept)
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """A module's attributes, and the registries among them that are changed in place."""
+    return vars(module), module._parameters, module._buffers, module._modules
