@@ -16,7 +16,7 @@ from convmerge.counts import count
 from convmerge.decide import Decider, Decisions
 from convmerge.inputs import Inputs, as_inputs
 from convmerge.io.check import check_module
-from convmerge.layers import Built, build
+from convmerge.layers import Built, build, together
 from convmerge.passes import Pass, Prepared
 from convmerge.report import Report, SiteReport, Verification
 from convmerge.rewrite import Replacement, apply
@@ -230,10 +230,11 @@ def _verify(
     if verification.equal:
         return fused, chosen, verification
 
-    def ok(sites: Sequence[Built]) -> bool:
+    def ok(groups: Sequence[Sequence[Built]]) -> bool:
+        sites = [b for group in groups for b in group]
         return compared(_apply(run.model, decisions, sites)).equal
 
-    guilty = bisect(chosen, ok)
+    guilty = [b for group in bisect(together(chosen), ok) for b in group]
     run.warnings.append(f"{len(guilty)} sites were dropped: {verification.reason}")
     kept = [b for b in chosen if b not in guilty]
     fused = _apply(run.model, decisions, kept)

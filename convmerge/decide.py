@@ -16,7 +16,7 @@ from convmerge.constants import Constants
 from convmerge.cost import Objective
 from convmerge.errors import Refusal
 from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
-from convmerge.plan import ChainPlan, Denial, Planner, Site
+from convmerge.plan import ChainPlan, Denial, Junction, Planner, Site, plan_junction, units
 from convmerge.recognise import Context
 from convmerge.reduction import find_regions
 from convmerge.regions import Chain, Element, Regions, calls_of
@@ -74,15 +74,17 @@ class Decider:
         regions = find_regions(Context(self.evidence, constants))
         self.planner = planner = Planner(self.frames, self.objective, self._forbidden, self._allowed)
         planner.spare_macs = SPARE_MACS * sum(planner.macs(chain) for chain in regions.chains)
+        # A run without a captured graph proves single paths, not that the terms of a sum belong together.
+        planned = units(regions) if not self.evidence.eager else list(regions.chains)
         plans: dict[int, ChainPlan] = {}
         edits: dict[Site, Edit] = {}
         traces: dict[str, Trace] = {}
-        dirty = set(range(len(regions.chains)))
+        dirty = set(range(len(planned)))
         while dirty:
             problems: dict[Site, str] = {}
             for done, index in enumerate(sorted(dirty)):
                 progress("plan", done, len(dirty))
-                plans[index] = planner.plan(regions.chains[index])
+                plans[index] = _plan(planner, planned[index])
                 for site in plans[index].sites:
                     try:
                         edits[site] = lower(self.frames, site.home, site.emptied, self.model)
@@ -241,6 +243,10 @@ class Decider:
                 module, frame, self.evidence, self.constants, self.frames.calls[frame], opened
             )
         return self._traces[key]
+
+
+def _plan(planner: Planner, unit: Chain | Junction) -> ChainPlan:
+    return plan_junction(planner, unit) if isinstance(unit, Junction) else planner.plan(unit)
 
 
 def _matches(path: str, globs: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from convmerge.recognise import Filter
 from convmerge.regions import leaves
 from convmerge.replay import Replay
 from convmerge.verification.probes import Probe, probe, rounded_once
+
+PARTNER = "another term of the same sum cannot be merged"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,16 @@ def build(
         progress("merge", done, len(decisions.merges))
         built.append(_build(decider, decision, seed))
         decider.constants.release()
-    return built
+    failed = {b.decision.site.joint for b in built if b.refusal is not None} - {None}
+    return [b.dropped(PARTNER) if b.decision.site.joint in failed and b.refusal is None else b for b in built]
+
+
+def together(built: Sequence[Built]) -> list[list[Built]]:
+    """Groups of merges that are right only with one another: those of the terms of one sum."""
+    groups: dict[object, list[Built]] = {}
+    for b in built:
+        groups.setdefault(b.decision.site.joint or b, []).append(b)
+    return list(groups.values())
 
 
 def _build(decider: Decider, decision: Decision, seed: int) -> Built:

@@ -13,9 +13,9 @@ from convmerge.emit import Emission, swapped
 from convmerge.errors import Refusal
 from convmerge.fold import Place, after, cover_geometry, covers_map, fold_geometry
 from convmerge.lower import Run
-from convmerge.plan.site import Site, at_home, check_place, is_same, run_geometries, runs_of
+from convmerge.plan.site import Site, at_home, before_join, check_place, is_same, run_geometries, runs_of
 from convmerge.recognise import Filter
-from convmerge.regions import Chain, Element, Leaf
+from convmerge.regions import Chain, Element, Leaf, Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +34,20 @@ class Maker:
         """The elements as one operator. Raises Refusal."""
         runs = runs_of(elements)
         geometries = run_geometries(self.evidence, elements, runs)
-        home, geometry = at_home(geometries)
+        parts = [before_join(run) for run in runs]
+        home, geometry = at_home(geometries, [part is not None for part in parts])
         home_place = geometries[home][0]
         if covers_map(elements):
             geometry = cover_geometry(geometry, home_place.size)
         emission, cost = self.cheapest(geometry, home_place)
         others = [(emission, cost), *self._swapped(elements, runs, home_place)]
         emission, cost = min(others, key=lambda pair: pair[1].key(self.objective))
-        emptied = tuple(run for index, run in enumerate(runs) if index != home)
-        return Site(elements, place, runs[home], emptied, home_place, geometry, emission, before, cost)
+        kept = parts[home]
+        assert kept is not None
+        emptied = [part for index, part in enumerate(parts) if index != home and part is not None]
+        if moved := tuple(e.of for e in elements if isinstance(e, Share) and e.constant):
+            emptied.append(Run(moved))
+        return Site(elements, place, kept, tuple(emptied), home_place, geometry, emission, before, cost)
 
     def bordered(self, elements: Chain, place: Place, before: Cost) -> Site | None:
         """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""

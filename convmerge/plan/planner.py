@@ -24,13 +24,13 @@ from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
 from convmerge.plan.making import Maker
 from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
+from convmerge.plan.table import Table
 from convmerge.regions import Block, Chain, Element, Leaf
 
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
 WINDOW = 48
 LESS = 1 - 1e-3  # a merge must gain more than the cost model can tell
-ROUNDING = 1e-9  # of sums of costs
 BORDERED_WINDOW = 12  # border classes of more than a few filters with padding do not pay
 
 Forbidden = Mapping[tuple[Node, Node], str]
@@ -46,6 +46,7 @@ class Planner:
         forbidden: (source, target) of merges that may not be made → why.
         allowed: whether the user wants this merge (--only, --skip).
         spare_macs: by how much a merge may raise the MACs where that is predicted to be faster.
+        window: the most elements that one operator is made of.
     """
 
     frames: Frames
@@ -53,6 +54,7 @@ class Planner:
     forbidden: Forbidden = field(default_factory=dict)
     allowed: Callable[[Sequence[Element]], bool] = lambda elements: True
     spare_macs: float = 0.0
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
         self.costs = LeafCosts(self.frames)
@@ -65,34 +67,23 @@ class Planner:
 
     def plan(self, chain: Chain) -> ChainPlan:
         """The cheapest exact segmentation of a chain, blocks inside included."""
-        place = place_of(self.evidence, chain)
-        if place is None:
+        if place_of(self.evidence, chain) is None:
             return ChainPlan()
-        parts = self._best(chain, place)
+        return self.as_planned(chain, self.table(chain).parts(len(chain)))
+
+    def as_planned(self, chain: Chain, parts: Sequence[Part]) -> ChainPlan:
+        """The sites in the parts of a chain, and why the parts stay apart."""
         sites = [site for part in parts for site in self._sites_of(chain, part)]
         return ChainPlan(tuple(sites), tuple(denials(self, chain, parts)))
 
-    def _best(self, chain: Chain, place: Place) -> list[Part]:
-        best: list[tuple[tuple[float, float], Part | None]] = [((0.0, 0.0), None)]
-        best += [((float("inf"), float("inf")), None)] * len(chain)
+    def table(self, chain: Chain) -> Table:
+        """The best plan of every beginning of a chain."""
+        table = Table(len(chain), self.objective)
         for first in range(len(chain)):
-            reached = best[first][0]
             for part in self._parts_from(chain, first):
-                key = part.cost.key(self.objective)
-                total = (reached[0] + key[0], reached[1] + key[1])
-                known = best[part.last + 1][0]
                 # Identities in front belong to the site: a module that begins so is then replaced whole.
-                split = first > 0 and is_same(chain[first - 1])
-                if _less(total, known) or (not split and _at_most(total, known)):
-                    best[part.last + 1] = (total, part)
-        parts: list[Part] = []
-        at = len(chain)
-        while at > 0:
-            last = best[at][1]
-            assert last is not None  # every element can stay as it is
-            parts.append(last)
-            at = last.first
-        return parts[::-1]
+                table.offer(part, split=first > 0 and is_same(chain[first - 1]))
+        return table
 
     def _parts_from(self, chain: Chain, first: int) -> list[Part]:
         """Every segment that begins at ``first`` and can be one operator, or one element left as it is."""
@@ -101,7 +92,7 @@ class Planner:
             return parts
         before = ZERO
         solid = 0
-        for last in range(first, min(first + WINDOW, len(chain))):
+        for last in range(first, min(first + self.window, len(chain))):
             before = before + self._cost_as_is(chain[last])
             if is_filler(chain[last]):
                 continue
@@ -123,6 +114,10 @@ class Planner:
             if site is not None and self.pays(site):
                 parts.append(Part(first, end, site.after, site))
         return parts
+
+    def gains(self, after: Cost, before: Cost) -> bool:
+        """Whether something costs less, and does not raise the MACs by more than a trifle."""
+        return self._affordable(after, before) and self._cheaper(after, before)
 
     def _cheaper(self, after: Cost, before: Cost) -> bool:
         """Whether a merge gains anything: what is rebuilt as it was must not count as one."""
@@ -165,16 +160,16 @@ class Planner:
         return self.maker.bordered(elements, place, before)
 
     def pays(self, site: Site) -> bool:
-        """Whether a merge gains anything, and does not raise the MACs by more than a trifle."""
-        return self._affordable(site) and self._cheaper(site.after, site.before)
+        """Whether a merge gains anything."""
+        return self.gains(site.after, site.before)
 
-    def _affordable(self, site: Site) -> bool:
+    def _affordable(self, after: Cost, before: Cost) -> bool:
         """Predicted time decides only among merges that do not raise the MACs by more than a trifle.
 
         More work in fewer calls can be faster, but not on every machine, and never for a compiler that fuses
         the calls anyway.
         """
-        return self.objective == "params" or site.after.macs <= site.before.macs + self.spare_macs
+        return self.objective == "params" or after.macs <= before.macs + self.spare_macs
 
     def cheapest(self, geometry: Geometry, place: Place) -> tuple[Emission, Cost]:
         """The cheapest way to build a form at a place. Raises Refusal where there is none."""
@@ -194,10 +189,8 @@ class Planner:
             return self.costs.of(element)
         total = ZERO
         for branch in element.branches:
-            place = place_of(self.evidence, branch)
-            parts = self._best(branch, place) if place is not None and branch else []
-            for part in parts:
-                total = total + part.cost
+            if place_of(self.evidence, branch) is not None:
+                total = total + self.table(branch).cost(len(branch))
         return total + self._joining_cost(element)
 
     def _joining_cost(self, block: Block) -> Cost:
@@ -217,17 +210,3 @@ class Planner:
         for branch in element.branches:
             sites.extend(self.plan(branch).sites)
         return sites
-
-
-def _at_most(total: tuple[float, float], best: tuple[float, float]) -> bool:
-    """Whether a cost is lower; of equals the later counts, so that a batch norm joins what precedes it."""
-    return _less(total, best) or (
-        total[0] <= best[0] * (1 + ROUNDING) and total[1] <= best[1] * (1 + ROUNDING)
-    )
-
-
-def _less(total: tuple[float, float], best: tuple[float, float]) -> bool:
-    """Whether a cost is lower by more than rounding."""
-    if best[0] == math.inf or total[0] < best[0] * (1 - ROUNDING):
-        return True
-    return total[0] <= best[0] * (1 + ROUNDING) and total[1] < best[1] * (1 - ROUNDING)

@@ -26,7 +26,7 @@ from convmerge.fold import (
 )
 from convmerge.lower import Run
 from convmerge.recognise import Passage, Same
-from convmerge.regions import Chain, Element, Leaf
+from convmerge.regions import Chain, Element, Join, Leaf, Via
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,8 @@ class Site:
         home: the part that the new layer replaces; ``emptied``: the parts that vanish into it.
         geometry: the merged form at home; ``emission``: what it is built as.
         before, after: predicted cost of the elements as they are, and of the new layer.
+        joint: the join of which this is a term, where an operator after it moved into all of its terms: a
+            site of one of them is made if the sites of all are.
     """
 
     elements: tuple[Element, ...]
@@ -49,6 +51,7 @@ class Site:
     emission: Emission | Bordered
     before: Cost
     after: Cost
+    joint: Join | None = None
 
     @property
     def ends(self) -> tuple[Node, Node]:
@@ -106,7 +109,7 @@ def ends_of(elements: Sequence[Element]) -> tuple[Node, Node]:
 
 def site_numbers(site: Site, evidence: Evidence) -> Affine:
     """The merged form of a site in float64."""
-    runs = sorted([site.home, *site.emptied], key=lambda run: site.elements.index(run.elements[0]))
+    runs = runs_of(site.elements)
     folded: Affine | None = None
     for run, (place, _) in zip(runs, run_geometries(evidence, site.elements, runs), strict=True):
         form = fold_numbers(run.elements, place)
@@ -131,15 +134,24 @@ def runs_of(elements: Chain) -> list[Run]:
     return runs
 
 
-def at_home(geometries: Sequence[tuple[Place, Geometry]]) -> tuple[int, Geometry]:
-    """Which run keeps the merged operator, and its geometry there.
+def before_join(run: Run) -> Run | None:
+    """The part of a run that a new layer can replace: what stands before its value joins others."""
+    end = next((i for i, e in enumerate(run.elements) if isinstance(e, Via)), len(run.elements))
+    elements = run.elements[:end]
+    return None if all(is_same(e) for e in elements) else Run(elements)
+
+
+def at_home(geometries: Sequence[tuple[Place, Geometry]], possible: Sequence[bool]) -> tuple[int, Geometry]:
+    """Which run keeps the merged operator, among those where that is ``possible``; its geometry there.
 
     Everything pointwise can move past a passage; what is not pointwise stays where it is.
     """
     fixed = [index for index, (_, geometry) in enumerate(geometries) if not geometry.pointwise]
     if len(fixed) > 1:
         raise Refusal("a relayout or a resampling stands between two filters with spatial extent")
-    home = fixed[0] if fixed else _smallest(geometries)
+    home = fixed[0] if fixed else _smallest(geometries, possible)
+    if not possible[home]:
+        raise Refusal("a term of the sum ends in no filter that it could merge with")
     spatial = geometries[home][1].spatial
     folded: Geometry | None = None
     for index, (_, geometry) in enumerate(geometries):
@@ -149,10 +161,10 @@ def at_home(geometries: Sequence[tuple[Place, Geometry]]) -> tuple[int, Geometry
     return home, folded
 
 
-def _smallest(geometries: Sequence[tuple[Place, Geometry]]) -> int:
+def _smallest(geometries: Sequence[tuple[Place, Geometry]], possible: Sequence[bool]) -> int:
     """The run with the fewest positions; the last of equals, so that nothing large is computed early."""
     positions = [math.prod(place.size) * place.batch for place, _ in geometries]
-    return min(range(len(positions)), key=lambda index: (positions[index], -index))
+    return min(range(len(positions)), key=lambda index: (not possible[index], positions[index], -index))
 
 
 def check_place(geometry: Geometry, place: Place) -> None:
