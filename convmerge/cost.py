@@ -1,41 +1,41 @@
-"""What a layer costs to run: a roofline per kind of operator, calibrated on one machine.
-
-With compute = MACs / peak and traffic = bytes / bandwidth, bytes counting activations in and out and
-weights::
-
-    latency = overhead + max(compute, traffic) + min(compute, traffic) / 2
-
-that is, half of the shorter one hides behind the longer one. (The roofline of S. Williams, A. Waterman and
-D. Patterson, CACM 52(4), 2009, hides all of it; measured layers lie between.) The figures say which of two
-ways is cheaper, not how long a model takes.
-"""
+"""What operators and layers cost: predicted latency, MACs, weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from convmerge.affine import Geometry
 from convmerge.borderclasses import Bordered
 from convmerge.emit import Emission, Kind, Layer, emissions
+from convmerge.roofline import JOINT, Load, activations, bytes_of, layer_load
 
 Objective = Literal["latency", "macs", "params"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Predicted latency in seconds; multiply-accumulates of convolutions and linear layers; parameters."""
+    """Latency in seconds; multiply-accumulates of convolutions and linear layers; parameters.
+
+    ``measured``: whether the latency was, and not predicted.
+    """
 
     latency: float
     macs: int
     weights: int
+    measured: bool = False
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.latency + other.latency, self.macs + other.macs, self.weights + other.weights)
+        return Cost(
+            self.latency + other.latency,
+            self.macs + other.macs,
+            self.weights + other.weights,
+            self.measured and other.measured,
+        )
 
     def key(self, objective: Objective = "latency") -> tuple[float, float]:
         """What to compare costs by; ties go to latency."""
@@ -43,82 +43,60 @@ class Cost:
         return float(primary), self.latency
 
 
-ZERO = Cost(0.0, 0, 0)
+ZERO = Cost(0.0, 0, 0, measured=True)
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A kind of operator's ceilings: MACs per second, bytes per second; and seconds per call."""
+class CostModel(Protocol):
+    """What planning asks. Sizes are spatial; ``dtype`` is that of the maps."""
 
-    peak: float
-    bandwidth: float
-    overhead: float
+    def operator(
+        self,
+        name: str,
+        elements: int,
+        *,
+        geometry: Geometry | None = None,
+        size: Sequence[int] = (),
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        """Cost of an operator as a model has it, see :func:`operator_cost`."""
 
+    def ways(
+        self, ways: Sequence[Emission], size: Sequence[int], *, batch: int, dtype: torch.dtype, before: Cost
+    ) -> list[Cost]:
+        """Cost of each of several ways to build a form; ``before``: of what they would replace."""
 
-@dataclass(frozen=True)
-class Load:
-    """What a layer asks of the machine: the kind of its rate, MACs, bytes moved.
-
-    Both in terms of what the kernel does: channels that fill up a block, and weights that are laid out anew
-    for the call, count as well.
-    """
-
-    kind: str
-    work: float
-    moved: float
-
-    @property
-    def latency(self) -> float:
-        """Predicted seconds."""
-        return latency(RATES[self.kind], self)
-
-
-def latency(rate: Rate, load: Load) -> float:
-    """The roofline described above, in seconds."""
-    compute, traffic = load.work / rate.peak, load.moved / rate.bandwidth
-    return rate.overhead + max(compute, traffic) + min(compute, traffic) / 2
+    def bordered(
+        self, b: Bordered, size: Sequence[int], *, batch: int, dtype: torch.dtype, before: Cost
+    ) -> Cost:
+        """Cost of a form with border classes; ``before``: of what it would replace."""
 
 
-# Fitted by tests/benchmarks/calibrate.py to the best of many short runs, of all cases in turn: eager mode,
-# float32, torch 2.14 with 2 threads on an AMD EPYC (Zen 5, AVX-512), 3..512 channels, maps of 3×3..112×112.
-# It prints measured beside predicted time, and the constants that fit another machine.
-RATES = {
-    "blocked": Rate(217e9, 29e9, 44e-6),
-    "pointwise": Rate(215e9, 21e9, 43e-6),
-    "grouped": Rate(264e9, 15e9, 46e-6),
-    "depthwise": Rate(112e9, 45e9, 47e-6),
-    "native": Rate(85e9, 28e9, 8e-6),
-    "native pointwise": Rate(123e9, 24e9, 7e-6),
-    "native volume": Rate(67e9, 7.8e9, 8e-6),
-    "transposed": Rate(180e9, 4e9, 9e-6),
-    "transposed depthwise": Rate(4.5e9, 10e9, 20e-6),
-    "linear": Rate(100e9, 70e9, 4e-6),
-    "batched": Rate(130e9, 20e9, 6.5e-6),
-    "select": Rate(math.inf, 20e9, 4e-6),
-    "view": Rate(math.inf, math.inf, 1e-6),
-    "elementwise": Rate(math.inf, 150e9, 2e-6),
-    "batch norm": Rate(math.inf, 110e9, 8e-6),
-    "pad": Rate(math.inf, 110e9, 4e-6),
-    "pool": Rate(3.2e9, 8e9, 3e-6),
-    "mean": Rate(math.inf, 110e9, 5e-6),
-    "upsample": Rate(math.inf, 24e9, 6e-6),
-    "shuffle": Rate(math.inf, 14e9, 3e-6),
-    "interleave": Rate(math.inf, 15e9, 25e-6),
-    "copy": Rate(math.inf, 14e9, 3e-6),
-}
-# The vectors of the kernels are 16 channels long: a convolution to 20 channels takes the time of one to 32.
-# From a few channels, such as those of an image, there are kernels that take them as they are.
-BLOCK = 16
-FEW = 8
-SHORT_ROW = 1.2  # how much of an output position more each row of them takes in a blocked kernel
-# torch leaves convolutions of few numbers to its own kernel: taps copied side by side, one matrix product.
-NATIVE_NUMBERS = 20480
-ROW = 8  # numbers that might be copied in the time it takes to begin another row
-# How many times weights are moved in a call: laid out in blocks; packed for a matrix product of few columns.
-BLOCKED_WEIGHTS = 1.5
-NATIVE_WEIGHTS = 3
-BATCHED_WEIGHTS = 0.3
-JOINT = 4e-6  # seconds for every border class: its slice, its call, its place in the concatenation
+class Roofline:
+    """Costs as predicted by :mod:`convmerge.roofline`."""
+
+    def operator(
+        self,
+        name: str,
+        elements: int,
+        *,
+        geometry: Geometry | None = None,
+        size: Sequence[int] = (),
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        return operator_cost(name, elements, geometry=geometry, size=size, batch=batch, dtype=dtype)
+
+    def ways(
+        self, ways: Sequence[Emission], size: Sequence[int], *, batch: int, dtype: torch.dtype, before: Cost
+    ) -> list[Cost]:
+        return [emission_cost(way, size, batch=batch, dtype=dtype) for way in ways]
+
+    def bordered(
+        self, b: Bordered, size: Sequence[int], *, batch: int, dtype: torch.dtype, before: Cost
+    ) -> Cost:
+        return bordered_cost(b, size, batch=batch, dtype=dtype)
+
 
 _LAYERS: dict[str, Kind] = {
     "linear": "linear",
@@ -154,28 +132,6 @@ def layer_cost(
     if layer.kind not in _LAYERS:
         return Cost(seconds, 0, 0)
     return Cost(seconds, batch * layer.geometry.macs(size), layer.geometry.weights)
-
-
-def layer_load(
-    layer: Layer, size: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.float32
-) -> Load:
-    """What one layer asks of the machine on ``batch`` maps of spatial size ``size``."""
-    g = layer.geometry
-    activations = batch * _activations(g, size) * _bytes(dtype)
-    weights = g.weights * _bytes(dtype)
-    work = float(batch * g.macs(size))
-    if layer.kind in ("conv", "averaging"):
-        return _convolution(g, size, batch, dtype)
-    if layer.kind == "batched_linear":
-        return _batched(g, batch, dtype)
-    if layer.kind == "linear":
-        return Load("linear", work, activations + weights)
-    if layer.kind == "conv_transpose":
-        depthwise = g.groups > 1 and g.groups == g.in_channels
-        return Load("transposed depthwise" if depthwise else "transposed", work, activations + weights)
-    kinds = {"shuffle": "shuffle", "interleave": "interleave", "avg_pool": "pool", "nearest": "upsample"}
-    kind = kinds.get(layer.kind, "pad")
-    return Load(kind, work if kind == "pool" else 0, activations)
 
 
 def emission_cost(
@@ -244,80 +200,10 @@ def operator_cost(
     """
     kind = _KINDS.get(name, "elementwise")
     if geometry is None:
-        return Cost(Load(kind, 0, 2 * elements * _bytes(dtype)).latency, 0, 0)
+        return Cost(Load(kind, 0, 2 * elements * bytes_of(dtype)).latency, 0, 0)
     if name in _LAYERS:
         return layer_cost(Layer(_LAYERS[name], geometry), size, batch=batch, dtype=dtype)
-    moved = batch * _activations(geometry, size) * _bytes(dtype)
+    moved = batch * activations(geometry, size) * bytes_of(dtype)
     taps = batch * geometry.macs(size) if kind == "pool" else 0
     weights = geometry.weights if kind in ("batch norm", "elementwise") else 0
     return Cost(Load(kind, taps, moved).latency, 0, weights)
-
-
-def is_native(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> bool:
-    """Whether torch runs a convolution with its own kernels and not with the blocked ones of oneDNN.
-
-    The rule is that of ``use_mkldnn`` in aten/src/ATen/native/Convolution.cpp, for more than one thread.
-    """
-    if dtype.itemsize < 4:
-        return False
-    if g.groups > 1 or batch > 1 or (g.spatial > 1 and min(g.kernel[-2:]) > 3):
-        return False
-    # The rule does not look at the last dimension of a volume.
-    return g.in_channels * math.prod(size[:2]) <= NATIVE_NUMBERS
-
-
-def _bytes(dtype: torch.dtype) -> int:
-    """Of one number; double precision is planned as single, so that a model merges alike in both."""
-    return min(4, dtype.itemsize)
-
-
-def _activations(g: Geometry, size: Sequence[int]) -> int:
-    """Numbers read and written for one sample."""
-    return g.in_channels * math.prod(size) + g.out_channels * math.prod(g.out_size(size))
-
-
-def _convolution(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
-    activations = batch * _activations(g, size)
-    work = float(batch * g.macs(size))
-    taps = math.prod(g.kernel)
-    if is_native(g, size, batch, dtype):
-        return _native(g, size, batch, dtype)
-    into, out = g.in_channels // g.groups, g.out_channels // g.groups
-    kind, weights = "blocked", BLOCKED_WEIGHTS * g.weights
-    if into == out == 1:
-        kind = "depthwise"
-    elif g.groups > 1:
-        kind, work = "grouped", work * _blocks(into, 4) * _blocks(out, BLOCK)
-    elif taps == 1:
-        kind = "pointwise"
-    else:
-        rows = 1 + SHORT_ROW / max(1, g.out_size(size)[-1])
-        work *= rows * _blocks(out, BLOCK) * (_blocks(into, BLOCK) if into > FEW else 1)
-    return Load(kind, work, (activations + weights) * _bytes(dtype))
-
-
-def _batched(g: Geometry, batch: int, dtype: torch.dtype) -> Load:
-    """A product for every block, of maps that are laid out anew before and after; weights stay in place."""
-    into, out = g.in_channels // g.groups, g.out_channels // g.groups
-    work = batch * g.macs(()) * _blocks(into, 4) * (_blocks(out, BLOCK) if batch > 1 else 1)
-    moved = batch * _activations(g, ()) + BATCHED_WEIGHTS * g.weights
-    return Load("batched", work, moved * dtype.itemsize)
-
-
-def _native(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
-    work, taps = float(batch * g.macs(size)), math.prod(g.kernel)
-    out = [max(1, n) for n in g.out_size(size)]
-    positions = batch * math.prod(out)
-    if g.spatial == 3:
-        return Load("native volume", work, g.in_channels * taps * positions * _bytes(dtype))
-    # A product with a single column, a matrix by a vector, takes the weights as they are.
-    weights = (NATIVE_WEIGHTS if positions > 1 else 1) * g.weights
-    if taps == 1:
-        return Load("native pointwise", work, (batch * _activations(g, size) + weights) * _bytes(dtype))
-    columns = g.in_channels * taps * (positions + ROW * positions // out[-1])
-    return Load("native", work, (columns + g.out_channels * positions + weights) * _bytes(dtype))
-
-
-def _blocks(channels: int, block: int) -> float:
-    """Channels rounded up to whole blocks, over channels."""
-    return -(-channels // block) * block / channels
