@@ -136,6 +136,10 @@ class Affine:
         """The same filter with another bias."""
         return Affine(replace(self.geometry, bias=bias is not None), self.weight, bias, self.ones)
 
+    def seen_as(self, geometry: Geometry) -> Affine:
+        """The same numbers with another padding."""
+        return Affine(geometry, self.weight, self.bias, self.ones)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to x of shape (N, in_channels, *spatial); the meaning of the form, written for clarity.
 

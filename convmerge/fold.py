@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import add, add_geometry, lift, lift_geometry, stack, stack_geometry
+from convmerge.algebra import (
+    add,
+    add_geometry,
+    lift,
+    lift_geometry,
+    stack,
+    stack_geometry,
+    with_fill,
+    without_fill,
+)
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence
 from convmerge.errors import Refusal
@@ -103,7 +112,8 @@ def _seen_at(geometry: Geometry, place: Place) -> Geometry:
 
 def covers_map(elements: Sequence[Element]) -> bool:
     """Whether the elements hold at the example's input size only, where they end in one position."""
-    return any(isinstance(leaf.step, Filter) and leaf.step.through for leaf in leaves(elements))
+    steps = [leaf.step for leaf in leaves(elements)]
+    return any(isinstance(s, Filter) and s.through and not s.geometry.pointwise for s in steps)
 
 
 def cover_geometry(geometry: Geometry, size: Sequence[int]) -> Geometry:
@@ -159,11 +169,13 @@ def fold_geometry(elements: Sequence[Element], place: Place) -> Geometry:
         if folded is not None and _continues_border(element, elements):
             bare = join_geometry(replace(step, bias=False, ones=False), replace(folded, bias=False))
             folded = replace(bare, bias=folded.bias)
+        elif folded is None:
+            folded = with_fill(step, _multiple(elements))
         else:
-            folded = step if folded is None else join_geometry(step, folded)
+            folded = join_geometry(step, folded)
         place = after(place, step)
     if folded is not None:
-        return folded
+        return without_fill(folded, _multiple(elements))
     return Geometry.channelwise(place.channels, place.channels, place.channels, len(place.size))
 
 
@@ -206,13 +218,21 @@ def fold_numbers(elements: Sequence[Element], place: Place) -> Affine:
         if folded is not None and _continues_border(element, elements):
             bare = Affine(replace(step.geometry, bias=False, ones=False), step.weight)
             folded = join(bare, folded.with_bias(None)).with_bias(folded.bias)
+        elif folded is None:
+            folded = step.seen_as(with_fill(step.geometry, _multiple(elements)))
         else:
-            folded = step if folded is None else join(step, folded)
+            folded = join(step, folded)
         place = after(place, step.geometry)
     if folded is not None:
-        return folded
+        return folded.seen_as(without_fill(folded.geometry, _multiple(elements)))
     geometry = fold_geometry(elements, place)
     return Affine(geometry, torch.ones(geometry.out_channels, 1, *geometry.kernel, dtype=torch.float64))
+
+
+def _multiple(elements: Sequence[Element]) -> int:
+    """What the spatial sizes of the elements' source are multiples of."""
+    first = next((e for e in elements if not _is_same(e)), None)
+    return first.step.multiple if isinstance(first, Leaf) and isinstance(first.step, Filter) else 1
 
 
 def place_of(evidence: Evidence, elements: Sequence[Element]) -> Place | None:

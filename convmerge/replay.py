@@ -77,7 +77,9 @@ class Replay:
         return total
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Two small canvases where every tap meets input, odd and even; the example's if sizes are fixed."""
+        """Small canvases where every tap meets input, odd, even and multiples of the stride; the example's if
+        sizes are fixed.
+        """
         g, place = self._site.geometry, self._site.place
         fixed = any(isinstance(leaf.step, BorderFill) for leaf in leaves(self._site.elements))
         if fixed or any(self._evidence.calls[node].op in RESHAPES for node in self._calls):
@@ -91,6 +93,7 @@ class Replay:
         small = [
             tuple(n + i % 2 for i, n in enumerate(need)),
             tuple(n + 2 - i % 2 for i, n in enumerate(need)),
+            tuple(n + -n % d for n, d in zip(need, g.down, strict=True)),
         ]
         return [(*lead, place.channels, *size) for size in dict.fromkeys(small)]
 

@@ -8,6 +8,7 @@ identity survives t draws with probability at most (degree / 7) ** t (Schwartz, 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -32,6 +33,8 @@ from convmerge.algebra import (
     stack,
     stack_geometry,
     unflatten,
+    with_fill,
+    without_fill,
 )
 from convmerge.algebra.axis import POINT, Axis
 from convmerge.borders import join, join_geometry, leaks
@@ -93,12 +96,17 @@ def refusable(law: Law) -> Law:
 
 
 def same(
-    draw: Draw, channels: int, original: Callable[[Tensor], Tensor | None], merged: Callable[[Tensor], Tensor]
+    draw: Draw,
+    channels: int,
+    original: Callable[[Tensor], Tensor | None],
+    merged: Callable[[Tensor], Tensor],
+    *,
+    multiple: int = 1,
 ) -> str:
     """Compare on a few sizes; ``too small`` if the original ran on none."""
     ran = False
     for _ in range(TRIES):
-        size = draw.size()
+        size = [multiple * n for n in draw.size()]
         x = draw.input(channels, size)
         expected = original(x)
         if expected is not None:
@@ -165,6 +173,31 @@ def fades(draw: Draw) -> str:
     merged = functools.reduce(lambda inner, outer: join(outer, inner), chain)
     outcome = same(draw, channels[0], lambda x: run(chain, x), merged)
     return "exact with ones" if outcome == "exact" and merged.ones is not None else outcome
+
+
+@refusable
+def fills(draw: Draw) -> str:
+    """Windows side by side that fill the input, then one or two forms: no rest, so no leak behind."""
+    rate, dims = draw.random.choice([2, 3]), range(draw.spatial)
+    after = [
+        Axis(3, 1, 1, 1, 1, 1),
+        Axis(5, 1, 2, 1, 2, 2),
+        Axis(2, 1, 1, 2, 1, 1),
+        POINT,
+        Axis(4, 1, 3, 1, 2, 1),
+    ]
+    choices = [[draw.random.choice(after) for _ in dims] for _ in range(3)]
+    choices[0] = [Axis(rate, 1, rate, 1, 0, 0) for _ in dims]
+    channels = [draw.channels() for _ in range(4)]
+    ends = zip(itertools.pairwise(channels), choices, strict=True)
+    chain = [draw.form(i, o, axes).with_bias(None) for (i, o), axes in ends]
+    merged = chain[0].seen_as(with_fill(chain[0].geometry, rate))
+    if any(leaks(chain[2].geometry, chain[1].geometry).tap):
+        chain.pop()
+    for form in chain[1:]:
+        merged = join(form, merged)
+    merged = merged.seen_as(without_fill(merged.geometry, rate))
+    return same(draw, channels[0], lambda x: run(chain, x), merged, multiple=rate)
 
 
 @refusable

@@ -256,3 +256,9 @@ def test_linear_layers_have_no_borders() -> None:
     g = Geometry.channelwise(3, 3, 1, 0, bias=True)
     assert not leaks(g, g)
     assert join_geometry(g, g) == g
+
+
+@pytest.mark.parametrize(("spatial", "draws"), [(1, 100), (2, 60)])
+def test_windows_side_by_side_leave_no_rest(spatial: int, draws: int) -> None:
+    outcomes = laws.check(laws.fills, draws, spatial)
+    assert outcomes["exact"] > 0.8 * draws, outcomes

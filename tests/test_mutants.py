@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from convmerge import borders
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import axis, bias, branches, edges, polyphase
+from convmerge.algebra import axis, bias, branches, edges, multiples, polyphase
 from convmerge.algebra.axis import Axis, Composition, Placement
 from convmerge.borders import Leaks
 
@@ -32,7 +32,7 @@ interleave = importlib.import_module("convmerge.emit.interleave")
 
 LAWS = (
     laws.composes, laws.folds, laws.joins, laws.fades, laws.adds, laws.stacks, laws.splits, laws.commutes,
-    laws.builds,
+    laws.builds, laws.fills,
 )  # fmt: skip
 DRAWS = {2: 60, 1: 150, 0: 20}
 Function = Callable[..., Any]
@@ -238,6 +238,16 @@ def every_bias_taken_for_annihilated(right: Function, outer: Affine, inner_bias:
 def bias_taken_for_zero_by_its_first_entry(right: Function, form: Affine, magnitude: Tensor | None) -> Affine:
     zero = form.bias is not None and not form.bias.flatten()[0]
     return form.with_bias(None) if zero else right(form, magnitude)
+
+
+@mutant(multiples.without_fill)
+def padding_made_symmetric_at_any_cost(right: Function, g: Geometry, multiple: int) -> Geometry:
+    return dataclasses.replace(g, hi=g.lo)
+
+
+@mutant(multiples.with_fill)
+def filled_in_front(right: Function, g: Geometry, multiple: int) -> Geometry:
+    return dataclasses.replace(g, lo=tuple(lo + multiple - 1 for lo in g.lo))
 
 
 @mutant(polyphase.polyphase_axis)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from convmerge.recognise import RECOGNISERS, Passage
+from convmerge.recognise.filters import _copies_exactly
 
 W1, W2, W3 = random(7, 3, 5, seed=1), random(7, 3, 3, 5, seed=2), random(7, 3, 3, 2, 1, seed=3)
 T2 = random(6, 5, 3, 4, seed=4)  # transposed: (in, out / groups, kernel)
@@ -79,10 +80,14 @@ OPERATORS: list[tuple[nn.Module | Callable[[Tensor], Tensor], tuple[int, ...]]] 
     (nn.AvgPool2d(2, divisor_override=7), MAP),
     (nn.AvgPool3d((2, 3, 2), stride=1), VOLUME),
     (lambda x: F.avg_pool2d(x, 3), MAP),
+    (nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5), MAP),
     (nn.Upsample(scale_factor=3), LINE),
     (nn.Upsample(scale_factor=(2, 3)), MAP),
     (nn.UpsamplingNearest2d(scale_factor=2), MAP),
     (nn.Upsample(scale_factor=2), VOLUME),
+    (lambda x: F.interpolate(x, scale_factor=(2, 3), mode="nearest-exact"), MAP),
+    (lambda x: F.interpolate(x, scale_factor=3, mode="nearest-exact"), LINE),
+    (lambda x: F.interpolate(x, scale_factor=41, mode="nearest-exact"), LINE),
     (lambda x: F.interpolate(x, scale_factor=2.0), MAP),
     (nn.PixelShuffle(2), (2, 12, 5, 7)),
     (nn.PixelUnshuffle(3), (2, 2, 9, 6)),
@@ -180,6 +185,16 @@ PASSAGES: list[tuple[nn.Module | Callable[[Tensor], Tensor], tuple[int, ...], in
     (nn.Upsample(size=17, mode="linear"), LINE, 1),
     (nn.Upsample(size=(4, 5, 6), mode="trilinear"), VOLUME, 1),
     (nn.Upsample(size=(12, 20)), MAP, 1),
+    (lambda x: F.interpolate(x, scale_factor=2.0, recompute_scale_factor=True), MAP, 1),
+    (lambda x: F.interpolate(x, scale_factor=1.5, mode="nearest-exact"), MAP, 1),
+    (lambda x: F.interpolate(x, size=(5, 20), mode="area"), MAP, 1),
+    (lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), MAP, 1),
+    (lambda x: F.interpolate(x, size=(17, 6), mode="bicubic", antialias=True), MAP, 1),
+    (nn.AvgPool2d(2, ceil_mode=True), MAP, 1),
+    (nn.AvgPool2d(3, 2, (1, 0), count_include_pad=False), MAP, 1),
+    (nn.AvgPool2d((4, 3), 3, 1, ceil_mode=True, count_include_pad=False), MAP, 1),
+    (nn.AvgPool1d(4, 3, 2, count_include_pad=False), LINE, 1),
+    (nn.AvgPool3d(2, ceil_mode=True), VOLUME, 1),
     (nn.ReflectionPad2d((1, 2, 0, 3)), MAP, 1),
     (nn.ReplicationPad2d(2), MAP, 1),
     (nn.CircularPad2d((1, 0, 2, 0)), MAP, 1),
@@ -193,6 +208,15 @@ PASSAGES: list[tuple[nn.Module | Callable[[Tensor], Tensor], tuple[int, ...], in
     (lambda x: x.movedim(1, -1), MAP, 1),
     (lambda x: x.movedim((1, 3), (3, 0)), MAP, 1),
 ]
+
+
+def test_nearest_factors_that_torch_does_not_repeat_evenly() -> None:
+    """It computes in single precision which input to read, and for a few factors misses by one."""
+    x = torch.arange(300.0)[None, None]
+    for factor in range(2, 65):
+        repeated = torch.equal(F.interpolate(x, scale_factor=factor), x.repeat_interleave(factor, -1))
+        assert _copies_exactly(float(factor)) == repeated, factor
+    assert not _copies_exactly(2.5)
 
 
 def mixed(x: Tensor, axis: int) -> Tensor:
@@ -370,8 +394,8 @@ REFUSALS: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...], str]] = [
     (lambda x: torch.addmm(ROWS, x, M.t()), (3, 5), "a bias per row"),
     (lambda x: F.batch_norm(x, None, None, training=True), MAP, "statistics of the batch"),
     (lambda x: F.batch_norm(x, S6, S6.abs(), x[0, :, 0, 0]), MAP, "batch norm depend on an input"),
-    (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True), MAP, "ceil_mode divides by another count"),
-    (lambda x: F.avg_pool2d(x, 3, padding=1, count_include_pad=False), MAP, "count_include_pad=False"),
+    (lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), MAP, "ceil_mode reads zeros, or divides by"),
+    (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True, divisor_override=5), MAP, "ceil_mode reads zeros"),
     (lambda x: F.pad(x, (1, 1), value=2.0), MAP, "pads with 2.0, not with zeros"),
     (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), MAP, "more than the spatial dimensions"),
     (lambda x: x * LINES, MAP, "from position to position"),

@@ -5,6 +5,7 @@
 from convmerge.algebra.branches import add, add_geometry, split, stack, stack_geometry
 from convmerge.algebra.commute import commute, commutes_geometry
 from convmerge.algebra.compose import compose, compose_geometry
+from convmerge.algebra.multiples import with_fill, without_fill
 from convmerge.algebra.pointwise import (
     diagonal,
     identity,
@@ -34,4 +35,6 @@ __all__ = [
     "stack_geometry",
     "unflatten",
     "unflatten_geometry",
+    "with_fill",
+    "without_fill",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -191,7 +192,11 @@ def _after_flatten(context: Context, step: Filter) -> Filter:
 
 @recognises("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(context: Context, call: Call) -> Step | None:
-    """Average pooling without its special cases at the border: a depthwise filter of 1 / kernel volume."""
+    """Average pooling: a depthwise filter of 1 / kernel volume where every window has as many inputs.
+
+    A window that is cut off at the border is divided by what is left of it, with ``ceil_mode`` or
+    ``count_include_pad=False``: still a mean over inputs, the same in every channel.
+    """
     source = _source(context, call.args["self"] if "self" in call.args else call.args["input"])
     if source is None:
         return None
@@ -199,12 +204,17 @@ def avg_pool(context: Context, call: Call) -> Step | None:
     kernel = _dims(call.args["kernel_size"], n)
     stride = _dims(call.args["stride"] or call.args["kernel_size"], n)
     padding = _dims(call.args["padding"], n)
-    if call.args["ceil_mode"] and any(s > 1 for s in stride):
-        raise Refusal("average pooling with ceil_mode divides by another count at the border")
-    if any(padding) and not call.args["count_include_pad"]:
-        raise Refusal("average pooling with count_include_pad=False divides by another count at the border")
-    divisor = call.args.get("divisor_override") or math.prod(kernel)
     axis = len(context.shape(source)) - n - 1
+    ceil = call.args["ceil_mode"] and any(s > 1 for s in stride)
+    inside = not any(padding) or not call.args["count_include_pad"]
+    divisor = call.args.get("divisor_override")
+    if inside and not divisor and (ceil or any(padding)):
+        return Passage(source, {axis: axis}, "avg_pool")
+    if ceil:
+        raise Refusal(
+            "average pooling with ceil_mode reads zeros, or divides by another count, at the border"
+        )
+    divisor = divisor or math.prod(kernel)
     channels, one = context.shape(source)[axis], (1,) * n
     geometry = Geometry(channels, channels, channels, kernel, one, stride, one, padding, padding)
 
@@ -242,6 +252,7 @@ def mean(context: Context, call: Call) -> Step | None:
 
 
 @recognises("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
+@recognises("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
 def upsample_nearest(context: Context, call: Call) -> Step | None:
     """Nearest upsampling by integer factors: ones on the zero-stuffed input; by a given size: a passage."""
     source = _source(context, call.args["input"] if "input" in call.args else call.args["self"])
@@ -250,7 +261,8 @@ def upsample_nearest(context: Context, call: Call) -> Step | None:
     n = int(call.op[-2])
     axis = len(context.shape(source)) - n - 1
     scales = call.args.get("scale_factors")
-    if not scales or any(s != int(s) or s < 1 for s in scales):
+    copies = _copies_exactly if "exact" not in call.op else float.is_integer
+    if not scales or not all(s >= 1 and copies(float(s)) for s in scales):
         return Passage(source, {axis: axis}, "interpolate")
     up = tuple(int(s) for s in scales)
     channels, one = context.shape(source)[axis], (1,) * n
@@ -263,13 +275,26 @@ def upsample_nearest(context: Context, call: Call) -> Step | None:
     return Filter(source, axis, geometry, numbers, f"nearest ×{'×'.join(map(str, up))}")
 
 
+def _copies_exactly(factor: float) -> bool:
+    """Whether torch repeats every input ``factor`` times, at every size, as it computes in single precision.
+
+    It reads input floor(n * s) for output n, with s = 1 / factor rounded to single precision. With
+    s = (1 - e) / factor, n * s is rounded up to the next whole number where it has to be if e <= 2**-25.
+    """
+    if not factor.is_integer():
+        return False
+    rounded = Fraction(float(torch.tensor(1 / factor, dtype=torch.float32)))
+    return 1 - rounded * int(factor) <= Fraction(1, 2**25)
+
+
 @recognises("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+@recognises("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
 def interpolate(context: Context, call: Call) -> Step | None:
     """Interpolation weights sum to one at every position, and are the same in every channel."""
     source = _source(context, call.args["input"] if "input" in call.args else call.args["self"])
     if source is None:
         return None
-    axis = len(context.shape(source)) - int(call.op[-2]) - 1
+    axis = len(context.shape(source)) - int(call.op.removesuffix("_aa")[-2]) - 1
     return Passage(source, {axis: axis}, "interpolate")
 
 
@@ -307,7 +332,7 @@ def pixel_unshuffle(context: Context, call: Call) -> Step | None:
     def numbers() -> Affine:
         return Affine(geometry, _one_hot(r).repeat(channels, 1, 1).unsqueeze(1))
 
-    return Filter(source, axis, geometry, numbers, f"pixel_unshuffle {r}")
+    return Filter(source, axis, geometry, numbers, f"pixel_unshuffle {r}", multiple=r)
 
 
 def _one_hot(r: int) -> Tensor:

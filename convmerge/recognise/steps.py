@@ -27,6 +27,7 @@ class Filter:
         kind: the operator in words, for people.
         through: calls between source and target that belong to it, such as the flatten before a linear layer;
             a form with any holds at the example's input size only.
+        multiple: what the input's spatial sizes are multiples of.
     """
 
     source: Node
@@ -35,6 +36,7 @@ class Filter:
     numbers: Callable[[], Affine]
     kind: str
     through: tuple[Node, ...] = ()
+    multiple: int = 1
 
 
 @dataclass(frozen=True, eq=False)
