@@ -20,10 +20,10 @@ from convmerge.sequential import as_sequential
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """An edit and the layer that it puts in place."""
+    """An edit and the layer that it puts in place; None where the input goes on as it is."""
 
     edit: UnitEdit | GraphEdit
-    layer: nn.Module
+    layer: nn.Module | None
 
 
 def apply(model: nn.Module, replacements: Sequence[Replacement], traces: Mapping[str, Trace]) -> nn.Module:
@@ -45,7 +45,7 @@ def apply(model: nn.Module, replacements: Sequence[Replacement], traces: Mapping
         tree.put(module, _edited(traces[owner], module, by_owner[owner]))
     for replacement in replacements:
         if isinstance(replacement.edit, UnitEdit):
-            _apply_units(tree, replacement.edit, replacement.layer)
+            _apply_units(tree, replacement.edit, replacement.layer or nn.Identity())
     return tree.root
 
 
@@ -116,6 +116,9 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         for run in edit.emptied:
             _replace(graph, cut(trace, run), copies, None)
         home = cut(trace, edit.home)
+        if replacement.layer is None:
+            _replace(graph, home, copies, None)
+            continue
         name = _place_name(owner, trace, home, index, taken)
         old = _child(owner, name)
         _place(owner, name, _like(replacement.layer, old) if old is not None else replacement.layer)

@@ -127,7 +127,7 @@ def _check_repeatable(once: Leaves, again: Leaves) -> None:
     for name, x in once.items():
         y = again.get(name)
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
-            same = _about_equal(x, y)
+            same = about_equal(x, y)
         else:
             same = not isinstance(x, Tensor) and x == y
         if not same:
@@ -137,7 +137,8 @@ def _check_repeatable(once: Leaves, again: Leaves) -> None:
             )
 
 
-def _about_equal(x: Tensor, y: Tensor) -> bool:
+def about_equal(x: Tensor, y: Tensor) -> bool:
+    """Whether two results of the same layers on the same input differ by no more than the order of sums."""
     if not x.is_floating_point():
         return torch.equal(x, y)
     x, y = x.nan_to_num(), y.nan_to_num()

@@ -19,8 +19,8 @@ Sizing = Callable[[Tensor], tuple[int, ...]]
 
 
 def fresh(inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """Inputs of the same shapes with other values, see :func:`_redraw`."""
-    return _map(inputs, lambda x: _redraw(x, tuple(x.shape), generator))
+    """Inputs of the same shapes with other values, see :func:`redrawn`."""
+    return _map(inputs, lambda x: redrawn(x, tuple(x.shape), generator))
 
 
 def other_batches(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
@@ -37,7 +37,7 @@ def other_batches(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs
     def shape(x: Tensor) -> tuple[int, ...]:
         return (size, *x.shape[1:]) if x.dim() and x.shape[0] == given else tuple(x.shape)
 
-    yield _map(inputs, lambda x: _redraw(x, shape(x), generator))
+    yield _map(inputs, lambda x: redrawn(x, shape(x), generator))
 
 
 def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
@@ -56,7 +56,7 @@ def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
 
 
 def _resize(inputs: Inputs, size: Sizing, generator: torch.Generator) -> Inputs:
-    return _map(inputs, lambda x: _redraw(x, size(x) if _is_map(x) else tuple(x.shape), generator))
+    return _map(inputs, lambda x: redrawn(x, size(x) if _is_map(x) else tuple(x.shape), generator))
 
 
 def shapes(inputs: Inputs) -> str:
@@ -69,7 +69,7 @@ def numel(inputs: Inputs) -> int:
     return sum(x.numel() for x in _tensors(inputs))
 
 
-def _redraw(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def redrawn(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A tensor of the given shape whose values are drawn from those of x.
 
     So indices stay in range, masks stay masks and images keep their range. A constant floating-point tensor
