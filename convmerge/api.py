@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,10 +14,12 @@ from convmerge.capture import capture, copy_model
 from convmerge.cost import Objective
 from convmerge.counts import count
 from convmerge.decide import Decider, Decisions
-from convmerge.inputs import Inputs, as_inputs
+from convmerge.errors import ConvmergeError
+from convmerge.inputs import Filled, Inputs, as_inputs, bind_inputs, takes
 from convmerge.io.check import check_module
 from convmerge.layers import Built, build, together
 from convmerge.passes import Pass, Prepared
+from convmerge.passes.bind import bind as bind_pass
 from convmerge.report import Report, SiteReport, Verification
 from convmerge.rewrite import Replacement, apply
 from convmerge.sites import describe_sites, describe_unknown
@@ -36,10 +38,12 @@ class Result:
     Attributes:
         model: the fused copy, in eval mode; an unchanged copy where nothing merges or verification failed.
         report: what was merged, kept and refused, and the verification figures.
+        inputs: example inputs of the copy, which takes no bound ones.
     """
 
     model: nn.Module
     report: Report
+    inputs: Inputs
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class _Options:
     skip: Sequence[str] = ()
     objective: Objective = "latency"
     seed: int = 0
+    bind: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -57,7 +62,7 @@ class _Options:
 
     def passes(self) -> list[tuple[str, Pass]]:
         """The passes that come before merging, in order, by the name of their stage."""
-        return []
+        return [("bind", bind_pass(self.bind))] if self.bind else []
 
 
 @dataclass(eq=False)
@@ -66,7 +71,8 @@ class _Run:
 
     Attributes:
         model, inputs: what is to be merged: the caller's model, after :meth:`prepare` as the passes left it.
-        original: the caller's model; ``reference``: computes on ``inputs`` what the result must.
+        original, given: the caller's model and its inputs, bound ones included.
+        reference: computes on ``inputs`` what the result must.
         sites: what the passes found; ``verification``: the last comparison of one that changed the model.
     """
 
@@ -81,7 +87,12 @@ class _Run:
     verification: Verification | None = None
 
     def __post_init__(self) -> None:
+        check_module(self.model)
+        if self.options.bind:
+            bound = bind_inputs(self.model, self.inputs, self.options.bind)
+            self.inputs, self.options = bound.inputs, replace(self.options, bind=bound.values)
         self.original = self.reference = self.model
+        self.given = self.inputs
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -92,7 +103,6 @@ class _Run:
 
     def prepare(self) -> None:
         """Run the passes; each must leave the whole function as it was."""
-        check_module(self.model)
         if any(module.training for module in self.model.modules()):
             self.warnings.append("the model is in train mode; it was treated, and is written, in eval mode")
         for name, run in self.options.passes():
@@ -112,6 +122,8 @@ class _Run:
             compare(reference, prepared.model, prepared.inputs, seed=self.options.seed) if changed else None
         )
         if verdict is not None and not verdict.equal:
+            if prepared.required:
+                raise ConvmergeError(f"{name} failed its check: {verdict.reason}", "nothing was changed")
             self.warnings.append(f"{name} was left out: {verdict.reason}")
             self.sites += [replace(s, action="refuse", reason=GUILTY) for s in prepared.sites]
             return
@@ -157,6 +169,7 @@ def fuse(
     skip: Sequence[str] = (),
     objective: Objective = "latency",
     seed: int = 0,
+    bind: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Merge what can be merged exactly and pays, and verify the result.
@@ -169,6 +182,8 @@ def fuse(
             matches ``skip``.
         objective: what to minimise: ``latency`` (predicted), ``macs`` or ``params``; ties go to latency.
         seed: for the random inputs of the verification.
+        bind: name of an input → the value (a tensor, number, flag or nest of them) that it has in every call.
+            The copy does not take it any more; example inputs may have it or not.
         progress: called as (stage, done, total).
 
     Returns a copy with fresh torch.nn layers at the merged places; its dtype and device are the model's.
@@ -176,11 +191,12 @@ def fuse(
     False and the model is an unchanged copy.
 
     Raises:
-        ConvmergeError: the model does not run on the inputs, or cannot be captured.
+        ConvmergeError: the model does not run on the inputs, or cannot be captured, or an input cannot be
+            bound.
         ValueError: an unknown objective.
     """
-    inputs, options = as_inputs(example_inputs), _Options(only, skip, objective, seed)
-    run = _Run(model, inputs, "fuse", options, progress or _silent)
+    options = _Options(only, skip, objective, seed, bind or {})
+    run = _Run(model, as_inputs(example_inputs), "fuse", options, progress or _silent)
     run.prepare()
     decider, decisions = run.decide()
     with run.stage("merge"):
@@ -195,9 +211,9 @@ def fuse(
     kept = {id(b) for b in chosen}
     built = [b if b.refusal or id(b) in kept else b.dropped(GUILTY) for b in built]
     with run.stage("count"):
-        before, after = count(model, inputs), count(fused, run.inputs)
+        before, after = count(model, run.given), count(fused, run.inputs)
     report = run.report(decider, decisions, built, before=before, after=after, verification=verification)
-    return Result(fused, report)
+    return Result(fused, report, run.inputs)
 
 
 def _build(
@@ -251,10 +267,12 @@ def inspect(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     objective: Objective = "latency",
+    bind: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
-    return _planned("inspect", model, example_inputs, _Options(only, skip, objective), progress)
+    options = _Options(only, skip, objective, bind=bind or {})
+    return _planned("inspect", model, example_inputs, options, progress)
 
 
 def check(
@@ -264,30 +282,46 @@ def check(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     objective: Objective = "latency",
+    bind: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """As :func:`inspect`; ``report.merged()`` is empty when no profitable merge is left."""
-    return _planned("check", model, example_inputs, _Options(only, skip, objective), progress)
+    options = _Options(only, skip, objective, bind=bind or {})
+    return _planned("check", model, example_inputs, options, progress)
 
 
 def _planned(
     command: str, model: nn.Module, example_inputs: Any, options: _Options, progress: Progress | None
 ) -> Report:
-    inputs = as_inputs(example_inputs)
-    run = _Run(model, inputs, command, options, progress or _silent)
+    run = _Run(model, as_inputs(example_inputs), command, options, progress or _silent)
     run.prepare()
     decider, decisions = run.decide()
     with run.stage("count"):
-        before = count(model, inputs)
+        before = count(model, run.given)
     return run.report(decider, decisions, (), before=before)
 
 
-def verify(a: nn.Module, b: nn.Module, example_inputs: Any, *, seed: int = 0) -> Verification:
+def verify(
+    a: nn.Module,
+    b: nn.Module,
+    example_inputs: Any,
+    *,
+    seed: int = 0,
+    bind: Mapping[str, Any] | None = None,
+) -> Verification:
     """Whether two models, fused or not, are the same function, with the error figures.
+
+    With ``bind`` (see :func:`fuse`) they are compared for these values of some inputs, which ``b`` may take.
 
     Raises ConvmergeError where no verdict is possible: ``a`` does not run, or does not repeat its own output.
     """
-    return compare(a, b, as_inputs(example_inputs), seed=seed)
+    inputs = as_inputs(example_inputs)
+    if bind:
+        bound = bind_inputs(a, inputs, bind)
+        a, inputs = Filled(a, bound.values), bound.rest
+        left = {name: value for name, value in bound.values.items() if takes(b, name)}
+        b = Filled(b, left) if left else b
+    return compare(a, b, inputs, seed=seed)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -190,6 +190,9 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
             value = store.get(target) if target is not None else None
             if isinstance(value, Tensor):
                 tensors[node] = (str(target), value.detach())
+    if "" not in recorded:  # a traced module at the root: export runs it node by node and does not call it
+        single = program.call_spec.out_spec is not None and program.call_spec.out_spec.is_leaf()
+        recorded[""] = [(inputs.args, inputs.kwargs, inputs.tensors()[0] if single else None)]
     return _evidence(program.graph, tensors, canonical, _signatures(recorded, canonical))
 
 

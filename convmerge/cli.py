@@ -159,13 +159,20 @@ def fuse_command(
             opened, inputs = _open(path, source)
             if output:
                 io.check_target(output, like=opened, force=force)
-        result = api.fuse(opened.module, inputs, seed=source.seed, progress=progress, **choice.arguments())
+        result = api.fuse(
+            opened.module,
+            inputs,
+            seed=source.seed,
+            bind=source.bound(),
+            progress=progress,
+            **choice.arguments(),
+        )
         verdict = result.report.verification
         equal = verdict is None or verdict.equal
         target = None if dry_run or not equal else output
         if target:
             with clock.stage("write", progress):
-                verify = _same_as(result.model, inputs)
+                verify = _same_as(result.model, result.inputs)
                 io.save(result.model, target, like=opened, force=force, verify=verify)
     report = dataclasses.replace(
         result.report,
@@ -198,7 +205,8 @@ def verify_command(
             first, inputs = _open(a, source)
             second = source.open(b)
         with clock.stage("compare", progress):
-            verdict = api.verify(first.module, second.module, inputs, seed=source.seed)
+            bound = source.bound()
+            verdict = api.verify(first.module, second.module, inputs, seed=source.seed, bind=bound)
     report = Report(
         "verify",
         f"{a}, {b}",
@@ -256,7 +264,7 @@ def _planned(name: str, path: Path, source: Source, choice: Choice, printing: Pr
         clock = Clock()
         with clock.stage("load", progress):
             opened, inputs = _open(path, source)
-        report = plan(opened.module, inputs, progress=progress, **choice.arguments())
+        report = plan(opened.module, inputs, bind=source.bound(), progress=progress, **choice.arguments())
     return dataclasses.replace(
         report,
         model=str(path),

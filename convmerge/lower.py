@@ -236,10 +236,11 @@ WEIGHT_HOOKS = frozenset({"WeightNorm", "SpectralNorm", "BasePruningMethod"})
 def _check_module(model: nn.Module, path: str) -> None:
     """Site conditions on a module that is to be replaced, with all that is in it."""
     for name, module in model.get_submodule(path).named_modules():
-        _check_hooks(module, f"{path}.{name}".strip("."))
+        check_hooks(module, f"{path}.{name}".strip("."))
 
 
-def _check_hooks(module: nn.Module, path: str) -> None:
+def check_hooks(module: nn.Module, path: str) -> None:
+    """Raise Refusal where a module has hooks that do more than computing a weight."""
     hooks = [
         *module._forward_hooks.values(),
         *module._backward_hooks.values(),
@@ -266,7 +267,7 @@ def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], m
     position = {node: index for index, node in enumerate(frames.calls[owner])}
     calls = {node for run in (home, *emptied) for node in calls_of(run.elements)}
     for path in {frame.path for node in calls for frame in (owner, *_below(frames.call(node), owner))}:
-        _check_hooks(model.get_submodule(path), path)
+        check_hooks(model.get_submodule(path), path)
     opened: set[str] = set()
     for node in calls:
         opened.update(f.path for f in _below(frames.call(node), owner) if not frames.data[f] <= calls)

@@ -46,6 +46,14 @@ class Source:
         Path | None,
         Option(metavar="FILE", help="All inputs: a saved tuple, list or dict of tensors."),
     ] = None
+    bind: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            help="Fix an input: NAME=FILE.pt (.npy, .npz), NAME=0.5,-1,2, NAME=[[1,2],[3,4]] or NAME=true. "
+            "What depends on it alone is computed once, and the model written does not take it. Repeatable.",
+        ),
+    ] = None
     allow: Annotated[
         list[str] | None,
         Option(
@@ -79,11 +87,20 @@ class Source:
             factory_args=self.model_args,
         )
 
+    def bound(self) -> dict[str, Any]:
+        """Bound inputs by name. Raises ConvmergeError."""
+        from convmerge.inputs import parse_bindings
+
+        return parse_bindings(self.bind or ())
+
     def example_inputs(self, model: nn.Module) -> Inputs:
         """The inputs asked for, or guessed. Raises ConvmergeError."""
-        from convmerge.inputs import parse_inputs
+        from convmerge.inputs import infer_bound, parse_inputs
 
-        return parse_inputs(self.input or (), self.inputs, self.seed, model)
+        bound = self.bound()
+        if bound and not self.input and not self.inputs:
+            return infer_bound(model, bound, self.seed)
+        return parse_inputs(self.input or (), self.inputs, self.seed, model, bound)
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,12 @@ class _Tree:
 def _apply_units(tree: _Tree, edit: UnitEdit, layer: nn.Module) -> None:
     for path in edit.emptied:
         old = tree.get(path)
-        tree.put(old, _like(nn.Identity(), old))
+        tree.put(old, stand_in(nn.Identity(), old))
     old = tree.get(edit.survivor)
-    tree.put(old, _like(layer, old))
+    tree.put(old, stand_in(layer, old))
 
 
-def _like(new: nn.Module, old: nn.Module) -> nn.Module:
+def stand_in(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give a new module the plain attributes that a parent may read off the old one, and its train flag."""
     for name, value in vars(old).items():
         if not name.startswith("_") and name != "training" and not hasattr(new, name) and _is_plain(value):
@@ -121,16 +121,16 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
             continue
         name = _place_name(owner, trace, home, index, taken)
         old = _child(owner, name)
-        _place(owner, name, _like(replacement.layer, old) if old is not None else replacement.layer)
+        _place(owner, name, stand_in(replacement.layer, old) if old is not None else replacement.layer)
         _replace(graph, home, copies, name)
     _drop_dead(graph, owner)
     graph.lint()
     if (chain := as_sequential(owner, graph)) is not None:
-        return _like(chain, owner)
+        return stand_in(chain, owner)
     module = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
     module.graph._tracer_cls = fx.Tracer  # a tracer of our own class would make the file need convmerge
     module._tracer_cls = fx.Tracer
-    return _like(module, owner)
+    return stand_in(module, owner)
 
 
 def _replace(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str | None) -> None:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,16 @@ class Spec:
     file: Path | None = None
 
 
-def parse_inputs(specs: Sequence[str], file: Path | None, seed: int, model: nn.Module) -> Inputs:
+def parse_inputs(
+    specs: Sequence[str], file: Path | None, seed: int, model: nn.Module, bound: Collection[str] = ()
+) -> Inputs:
     """The model's inputs from ``--input`` texts or an ``--inputs`` file; without either they are inferred.
 
     A spec is ``[name=]SHAPE[:dtype]`` with SHAPE as in ``1,3,224,224`` or ``1x3x224x224`` (``scalar`` for a
     tensor without dimensions), or ``[name=]@FILE[:dtype]`` with a ``.pt``, ``.npy`` or ``.npz`` file. Specs
     without a name are positional. Values are standard normal; integers lie below the size of the model's
     smallest embedding, or are 0 and 1; booleans are fair. Floating-point inputs, also from files, take the
-    dtype of the model's parameters unless ``:dtype`` says otherwise.
+    dtype of the model's parameters unless ``:dtype`` says otherwise. Those in ``bound`` may be left out.
 
     Raises:
         ConvmergeError: a spec cannot be read, or does not fit the parameters of ``forward``.
@@ -66,7 +68,7 @@ def parse_inputs(specs: Sequence[str], file: Path | None, seed: int, model: nn.M
     else:
         return infer_inputs(model, seed)
     device = model_device(model)
-    return _fit(inputs.map(lambda tensor: tensor.to(device)), model)
+    return _fit(inputs.map(lambda tensor: tensor.to(device)), model, bound)
 
 
 def parse_spec(text: str) -> Spec:
@@ -80,7 +82,7 @@ def parse_spec(text: str) -> Spec:
         raise ConvmergeError(f"--input {printable(text)}: neither a shape nor a file", _SYNTAX)
     name = match["name"]
     if match["file"] is not None:
-        path, dtype = _split_dtype(match["file"])
+        path, dtype = split_dtype(match["file"])
         return Spec(text, name, dtype=dtype, file=Path(path).expanduser())
     shape = re.sub(r"\s*([,x×])\s*", r"\1", match["shape"].strip().strip("()[]").strip())
     if not _SHAPE.fullmatch(shape) and shape != "scalar":
@@ -100,7 +102,8 @@ def _dtype(name: str | None, text: str) -> torch.dtype | None:
     raise ConvmergeError(f"--input {printable(text)}: unknown dtype {name}", hint)
 
 
-def _split_dtype(file: str) -> tuple[str, torch.dtype | None]:
+def split_dtype(file: str) -> tuple[str, torch.dtype | None]:
+    """A text without the ``:dtype`` at its end, and that dtype."""
     path, colon, dtype = file.rpartition(":")
     return (path, _DTYPES[dtype]) if colon and dtype in _DTYPES else (file, None)
 
@@ -129,15 +132,23 @@ def _from_specs(specs: Sequence[Spec], seed: int, model: nn.Module) -> Inputs:
 def _load_tensor(spec: Spec) -> Tensor:
     path = spec.file
     assert path is not None
-    if path.suffix in (".npy", ".npz"):
-        return _load_numpy(path, spec.name)
-    if path.suffix not in (".pt", ".pth"):
-        raise ConvmergeError(f"--input {printable(spec.text)}: the file is no .pt, .npy or .npz", _SYNTAX)
-    value = _load_pt(path)
+    value = load_values(path, spec.name, f"--input {printable(spec.text)}", _SYNTAX)
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise ConvmergeError(f"{path} holds a {kind}, not a tensor", f"--inputs {path} for several inputs")
     return value
+
+
+def load_values(path: Path, name: str | None, option: str, syntax: str) -> Any:
+    """What a .pt, .npy or .npz file holds for the input called ``name``; ``option`` is what asked for it.
+
+    Raises ConvmergeError.
+    """
+    if path.suffix in (".npy", ".npz"):
+        return _load_numpy(path, name)
+    if path.suffix not in (".pt", ".pth"):
+        raise ConvmergeError(f"{option}: the file is no .pt, .npy or .npz", syntax)
+    return _load_pt(path)
 
 
 def _load_pt(path: Path) -> Any:
@@ -177,13 +188,16 @@ def _check_file(path: Path) -> None:
         raise ConvmergeError(f"no such file: {path}", "check the path after @ or --inputs")
 
 
-def _fit(inputs: Inputs, model: nn.Module) -> Inputs:
+def _fit(inputs: Inputs, model: nn.Module, bound: Collection[str]) -> Inputs:
     """Check the inputs against forward's signature, and name the positional ones.
 
     Raises:
         ConvmergeError: too many inputs, an unknown name, an input given twice, or one that is missing.
     """
     parameters = forward_parameters(model)
+    first = [p.name for p in parameters][: len(inputs.args)]
+    if any(p.default is p.empty and p.name not in (*bound, *first, *inputs.kwargs) for p in parameters):
+        parameters = tuple(p for p in parameters if p.name not in bound or p.name in inputs.kwargs)
     kinds = {p.kind for p in parameters}
     by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -193,19 +207,20 @@ def _fit(inputs: Inputs, model: nn.Module) -> Inputs:
         if name in positional:
             raise ConvmergeError(f"input {name} is given by position and by name", "give every input once")
         if name not in by_name and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise _unknown_name(name, signature, by_name)
+            raise unknown_name(name, signature, by_name)
     if len(inputs.args) > len(by_position) and inspect.Parameter.VAR_POSITIONAL not in kinds:
         raise ConvmergeError(f"{len(inputs.args)} inputs for {signature}", "leave some --input out")
     given = {*positional, *inputs.kwargs}
     needed = [p.name for p in parameters if p.default is p.empty and p.name in (*by_position, *by_name)]
-    missing = [name for name in needed if name not in given]
+    missing = [name for name in needed if name not in given and name not in bound]
     if missing:
         flags = " ".join(f"--input {name}=SHAPE" for name in missing)
         raise ConvmergeError(f"{signature} also needs {', '.join(missing)}", f"add {flags}")
     return replace(inputs, names=tuple(positional))
 
 
-def _unknown_name(name: str, signature: str, names: Sequence[str]) -> ConvmergeError:
+def unknown_name(name: str, signature: str, names: Sequence[str]) -> ConvmergeError:
+    """The error for a name that none of forward's parameters has."""
     close = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {close[0]}?" if close else f"the model has {signature}"
     return ConvmergeError(f"forward has no input named {printable(name)}", hint)

@@ -48,7 +48,7 @@ class Inputs:
 
     def describe(self) -> dict[str, str]:
         """Name → shape and dtype, as in ``{"x": "1×3×224×224 float32"}``."""
-        return {name: _describe(value) for name, value in self._leaves()}
+        return {name: describe(value) for name, value in self._leaves()}
 
     def _leaves(self) -> Iterator[tuple[str, Any]]:
         for index, value in enumerate(self.args):
@@ -96,7 +96,12 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def forward_parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
-    """Parameters of ``forward``; ``*args`` alone where it has no readable signature."""
+    """Parameters of ``forward``; ``*args`` alone where it has no readable signature.
+
+    A module that hands its arguments on says what it takes as ``forward_signature``.
+    """
+    if isinstance(own := getattr(model, "forward_signature", None), inspect.Signature):
+        return tuple(own.parameters.values())
     try:
         return tuple(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
@@ -126,7 +131,8 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """``1×5 float32`` for a tensor, else the value itself."""
     if not isinstance(value, Tensor):
         return repr(value)
     dtype = str(value.dtype).removeprefix("torch.")

@@ -26,12 +26,14 @@ class Prepared:
         sites: what changed, and what did not and why, in the terms of the report.
         reference: computes on ``inputs`` what ``model`` must compute there, where the model that the pass was
             given does not (it takes other inputs, say). Only ever run, never written. None: the model before.
+        required: without it the result is not what was asked for: where it fails its check, that is an error.
     """
 
     model: nn.Module
     inputs: Inputs
     sites: tuple[SiteReport, ...] = ()
     reference: nn.Module | None = None
+    required: bool = False
 
 
 Pass = Callable[[nn.Module, Inputs], Prepared]
