@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,8 @@ from convmerge.io.check import check_module
 from convmerge.layers import Built, build, together
 from convmerge.passes import Pass, Prepared
 from convmerge.passes.bind import bind as bind_pass
+from convmerge.passes.fully_conv import fully_convolutional
+from convmerge.passes.silenced import remove_silenced
 from convmerge.report import Report, SiteReport, Verification
 from convmerge.rewrite import Replacement, apply
 from convmerge.sites import describe_sites, describe_unknown
@@ -55,14 +58,21 @@ class _Options:
     objective: Objective = "latency"
     seed: int = 0
     bind: Mapping[str, Any] = field(default_factory=dict)
+    fully_conv: bool = False
+    average: bool = False
 
     def __post_init__(self) -> None:
+        if self.average and not self.fully_conv:
+            raise ConvmergeError("average is about the windows of fully_conv", "ask for both")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
 
     def passes(self) -> list[tuple[str, Pass]]:
         """The passes that come before merging, in order, by the name of their stage."""
-        return [("bind", bind_pass(self.bind))] if self.bind else []
+        found: list[tuple[str, Pass]] = [("bind", bind_pass(self.bind))] if self.bind else []
+        if self.fully_conv:
+            found.append(("fully-conv", partial(fully_convolutional, average=self.average)))
+        return [*found, ("prune", partial(remove_silenced, only=self.only, skip=self.skip))]
 
 
 @dataclass(eq=False)
@@ -170,6 +180,8 @@ def fuse(
     objective: Objective = "latency",
     seed: int = 0,
     bind: Mapping[str, Any] | None = None,
+    fully_conv: bool = False,
+    average: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Merge what can be merged exactly and pays, and verify the result.
@@ -184,6 +196,10 @@ def fuse(
         seed: for the random inputs of the verification.
         bind: name of an input → the value (a tensor, number, flag or nest of them) that it has in every call.
             The copy does not take it any more; example inputs may have it or not.
+        fully_conv: make convolutions of the linear layers after a map is flattened or pooled. The copy takes
+            larger inputs too: its output (N, F) becomes (N, F, *positions), that of the original for every
+            window of the map, one at the size of the example inputs.
+        average: with ``fully_conv``, outputs stay (N, F): the mean over the windows.
         progress: called as (stage, done, total).
 
     Returns a copy with fresh torch.nn layers at the merged places; its dtype and device are the model's.
@@ -191,11 +207,11 @@ def fuse(
     False and the model is an unchanged copy.
 
     Raises:
-        ConvmergeError: the model does not run on the inputs, or cannot be captured, or an input cannot be
-            bound.
+        ConvmergeError: the model does not run on the inputs, or cannot be captured, an input cannot be bound,
+            or its head cannot become fully convolutional.
         ValueError: an unknown objective.
     """
-    options = _Options(only, skip, objective, seed, bind or {})
+    options = _Options(only, skip, objective, seed, bind or {}, fully_conv, average)
     run = _Run(model, as_inputs(example_inputs), "fuse", options, progress or _silent)
     run.prepare()
     decider, decisions = run.decide()
@@ -268,10 +284,12 @@ def inspect(
     skip: Sequence[str] = (),
     objective: Objective = "latency",
     bind: Mapping[str, Any] | None = None,
+    fully_conv: bool = False,
+    average: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
-    options = _Options(only, skip, objective, bind=bind or {})
+    options = _Options(only, skip, objective, 0, bind or {}, fully_conv, average)
     return _planned("inspect", model, example_inputs, options, progress)
 
 
