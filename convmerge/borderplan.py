@@ -11,7 +11,7 @@ from convmerge.affine import Affine, Geometry
 from convmerge.algebra import compose_geometry
 from convmerge.algebra.axis import words
 from convmerge.borderclasses import Bordered, bordered
-from convmerge.cost import Cost, bordered_cost
+from convmerge.cost import Cost, CostModel
 from convmerge.errors import Refusal
 from convmerge.fold import Place, after, geometry_of, numbers_of
 from convmerge.recognise import Same
@@ -43,7 +43,7 @@ def border_numbers(elements: Sequence[Element], place: Place) -> list[Affine]:
 
 
 def border_option(
-    elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype
+    elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype, model: CostModel
 ) -> tuple[Bordered, Cost] | None:
     """Border classes for elements in a row, and their cost; None where more MACs rule them out.
 
@@ -64,7 +64,7 @@ def border_option(
     b = bordered(stages)
     if any(n < ROOM * least for n, least in zip(place.size, b.minimum, strict=True)):
         raise Refusal(f"a map of {words(place.size)} is mostly borders")
-    return b, bordered_cost(b, place.size, batch=place.batch, dtype=dtype)
+    return b, model.bordered(b, place.size, batch=place.batch, dtype=dtype, before=before)
 
 
 def border_pays(before: Cost, after: Cost) -> bool:
@@ -72,10 +72,12 @@ def border_pays(before: Cost, after: Cost) -> bool:
     return after.macs <= before.macs and MARGIN * after.latency <= before.latency
 
 
-def border_words(elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype) -> str:
+def border_words(
+    elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype, model: CostModel
+) -> str:
     """What to add to the reason why elements are not one operator, where border classes would do."""
     try:
-        option = border_option(elements, place, before, dtype)
+        option = border_option(elements, place, before, dtype, model)
     except Refusal:
         return ""
     if option is not None and border_pays(before, option[1]):

@@ -13,7 +13,7 @@ from torch.fx.node import Node
 
 from convmerge.capture import Evidence
 from convmerge.constants import Constants
-from convmerge.cost import Objective
+from convmerge.cost import CostModel, Objective, Roofline
 from convmerge.errors import Refusal
 from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
 from convmerge.plan import ChainPlan, Denial, Junction, Planner, Site, plan_junction, units
@@ -54,6 +54,7 @@ class Decider:
         model: the model the evidence was captured from (read only).
         scratch: a copy of it for tracing, which can leave marks.
         only, skip: globs on the module paths of a site's operators.
+        cost_model: what planning compares by.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Decider:
     objective: Objective = "latency"
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
+    cost_model: CostModel = field(default_factory=Roofline)
     _forbidden: dict[tuple[Node, Node], str] = field(default_factory=dict)
     _traces: dict[tuple[str, frozenset[str]], Trace] = field(default_factory=dict)
 
@@ -72,7 +74,9 @@ class Decider:
         self.frames = Frames(self.evidence, constants)
         self.proofs = StaticProofs(self.scratch, self.evidence.signatures)
         regions = find_regions(Context(self.evidence, constants))
-        self.planner = planner = Planner(self.frames, self.objective, self._forbidden, self._allowed)
+        self.planner = planner = Planner(
+            self.frames, self.objective, self._forbidden, self._allowed, cost_model=self.cost_model
+        )
         planner.spare_macs = SPARE_MACS * sum(planner.macs(chain) for chain in regions.chains)
         # A run without a captured graph proves single paths, not that the terms of a sum belong together.
         planned = units(regions) if not self.evidence.eager else list(regions.chains)

@@ -96,7 +96,7 @@ def _plain(
     if resampled and form.bias is None and site.geometry.bias:
         form = form.with_bias(torch.zeros(form.geometry.out_channels, dtype=torch.float64))
     elif form.geometry != site.geometry:  # a bias turned out to be zero
-        emission, _ = decider.planner.cheapest(form.geometry, site.home_place)
+        emission = decider.planner.way_to_build(form.geometry, site)
     exact = emit.build(form, emission, torch.float64)
     layer = emit.build(
         form,

@@ -46,7 +46,7 @@ def build(
     weight, bias = _numbers(form, emission)
     modules: list[nn.Module] = []
     for layer in emission.layers:
-        module = _empty(layer, dtype)
+        module = empty_layer(layer, dtype)
         numbers = (_mean(layer.geometry), None) if layer.kind == "averaging" else (weight, bias)
         for name, values in zip(("weight", "bias"), numbers, strict=True):
             if getattr(module, name, None) is not None and values is not None:
@@ -105,7 +105,7 @@ def _transposed_weight(weight: Tensor, groups: int) -> Tensor:
     return blocks.flatten(0, 1).flip(tuple(range(2, weight.dim())))
 
 
-def _empty(layer: Layer, dtype: torch.dtype) -> nn.Module:
+def empty_layer(layer: Layer, dtype: torch.dtype) -> nn.Module:
     """The layer without storage for its weights, so that no random initialisation runs."""
     g, n = layer.geometry, layer.geometry.spatial
     new = {"dtype": dtype, "device": "meta"}

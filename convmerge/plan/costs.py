@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx.node import Node
 
 from convmerge.capture import is_tensor
-from convmerge.cost import ZERO, Cost, operator_cost
+from convmerge.cost import ZERO, Cost, CostModel
 from convmerge.fold import Place
 from convmerge.lower import Frames
 from convmerge.recognise import Filter, Passage, Same, Scalar
@@ -17,18 +17,19 @@ from convmerge.regions import Chain, Element, Leaf, leaves
 
 @dataclass(frozen=True, eq=False)
 class LeafCosts:
-    """The cost of single operators; ``frames`` say which calls compute their weights."""
+    """The cost of single operators, by ``model``; ``frames`` say which calls compute their weights."""
 
     frames: Frames
+    model: CostModel
 
     def of(self, leaf: Leaf) -> Cost:
         """An operator's cost, and that of computing its weights anew in every forward pass."""
         if isinstance(leaf.step, Same | Passage):
             return ZERO
-        weights = ZERO
+        weights, dtype = ZERO, self.frames.evidence.dtype(leaf.source)
         for node in self.computed(leaf):
             volume = math.prod(self.frames.evidence.size(node)) if is_tensor(node) else 0
-            weights = weights + operator_cost("mul", volume)
+            weights = weights + self.model.operator("mul", volume, dtype=dtype)
         return weights + self._operator(leaf, leaf.step)
 
     def computed(self, element: Element) -> list[Node]:
@@ -43,11 +44,16 @@ class LeafCosts:
         return sum(self.of(leaf).macs for leaf in leaves(chain))
 
     def _operator(self, leaf: Leaf, step: Filter | Scalar) -> Cost:
-        shape = self.frames.evidence.size(leaf.source)
+        shape, dtype = self.frames.evidence.size(leaf.source), self.frames.evidence.dtype(leaf.source)
         if isinstance(step, Scalar):
-            return operator_cost("mul", math.prod(shape))
+            return self.model.operator("mul", math.prod(shape), dtype=dtype)
         place = Place(step.axis, shape)
         name = step.kind.split()[0]
-        return operator_cost(
-            name, math.prod(shape), geometry=step.geometry, size=place.size, batch=place.batch
+        return self.model.operator(
+            name,
+            math.prod(shape),
+            geometry=step.geometry,
+            size=place.size,
+            batch=place.batch,
+            dtype=dtype,
         )

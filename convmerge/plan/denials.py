@@ -43,7 +43,8 @@ def denial(planner: Planner, elements: Chain) -> Denial:
         site = planner.site(elements, before)
     except Refusal as refusal:
         dtype = evidence.dtype(elements[0].source)
-        return Denial(elements, place, refusal.reason + border_words(elements, place, before, dtype))
+        words = border_words(elements, place, before, dtype, planner.cost_model)
+        return Denial(elements, place, refusal.reason + words)
     if site is None:
         return Denial(elements, place, "left out by --only or --skip")
     if planner.pays(site):

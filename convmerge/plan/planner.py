@@ -15,10 +15,10 @@ from torch.fx.node import Node
 from convmerge.affine import Geometry
 from convmerge.borderplan import border_pays
 from convmerge.capture import Evidence
-from convmerge.cost import ZERO, Cost, Objective, operator_cost
-from convmerge.emit import Emission
+from convmerge.cost import ZERO, Cost, CostModel, Objective, Roofline
+from convmerge.emit import Emission, emissions
 from convmerge.errors import Refusal
-from convmerge.fold import Place, place_of
+from convmerge.fold import place_of
 from convmerge.lower import Frames
 from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
@@ -47,6 +47,7 @@ class Planner:
         allowed: whether the user wants this merge (--only, --skip).
         spare_macs: by how much a merge may raise the MACs where that is predicted to be faster.
         window: the most elements that one operator is made of.
+        cost_model: what operators, and ways to build a form, cost.
     """
 
     frames: Frames
@@ -55,10 +56,11 @@ class Planner:
     allowed: Callable[[Sequence[Element]], bool] = lambda elements: True
     spare_macs: float = 0.0
     window: int = WINDOW
+    cost_model: CostModel = field(default_factory=Roofline)
 
     def __post_init__(self) -> None:
-        self.costs = LeafCosts(self.frames)
-        self.maker = Maker(self.frames.evidence, self.objective)
+        self.costs = LeafCosts(self.frames, self.cost_model)
+        self.maker = Maker(self.frames.evidence, self.objective, self.cost_model)
 
     @property
     def evidence(self) -> Evidence:
@@ -171,9 +173,10 @@ class Planner:
         """
         return self.objective == "params" or after.macs <= before.macs + self.spare_macs
 
-    def cheapest(self, geometry: Geometry, place: Place) -> tuple[Emission, Cost]:
-        """The cheapest way to build a form at a place. Raises Refusal where there is none."""
-        return self.maker.cheapest(geometry, place)
+    def way_to_build(self, geometry: Geometry, site: Site) -> Emission:
+        """The cheapest way to build a form of some geometry where a site stands. Raises Refusal."""
+        dtype = self.evidence.dtype(site.home.source)
+        return self.maker.cheapest(emissions(geometry), site.home_place, dtype, site.before)[0]
 
     def macs(self, chain: Chain) -> int:
         """Multiply-accumulates of a chain as it is."""
@@ -194,10 +197,10 @@ class Planner:
         return total + self._joining_cost(element)
 
     def _joining_cost(self, block: Block) -> Cost:
-        volume = math.prod(self.evidence.size(block.target))
+        volume, dtype = math.prod(self.evidence.size(block.target)), self.evidence.dtype(block.target)
         if block.joined == "cat":
-            return operator_cost("cat", volume)
-        return sum((operator_cost("add", volume) for _ in block.branches[1:]), ZERO)
+            return self.cost_model.operator("cat", volume, dtype=dtype)
+        return sum((self.cost_model.operator("add", volume, dtype=dtype) for _ in block.branches[1:]), ZERO)
 
     def _sites_of(self, chain: Chain, part: Part) -> list[Site]:
         """The sites in a part: itself, or those inside the branches of a block that stays."""
