@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convmerge import __version__
 from convmerge.errors import ConvmergeError, LoadError
-from convmerge.options import Choice, Printing, Source, spread, typed
+from convmerge.options import Choice, Head, Printing, Source, spread, typed
 from convmerge.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -108,16 +108,16 @@ def _app(
 
 @app.command("inspect")
 @spread
-def inspect_command(path: _Model, source: Source, choice: Choice, printing: Printing) -> int:
+def inspect_command(path: _Model, source: Source, head: Head, choice: Choice, printing: Printing) -> int:
     """Show what could be merged, what not, and why. Writes nothing."""
     from convmerge import render
 
     try:
-        report = _planned("inspect", path, source, choice, printing)
+        report = _planned("inspect", path, source, choice, printing, **head.arguments())
     except LoadError:
         _print_contents(path, printing)
         raise
-    command = _fuse_command(path, source, choice)
+    command = _fuse_command(path, source, head, choice)
     _print(printing, report, lambda view: render.inspect_parts(report, view, command))
     return CLEAN
 
@@ -145,6 +145,7 @@ def fuse_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Let OUT be MODEL itself.")] = False,
     source: Source,
+    head: Head,
     choice: Choice,
     printing: Printing,
 ) -> int:
@@ -165,6 +166,7 @@ def fuse_command(
             seed=source.seed,
             bind=source.bound(),
             progress=progress,
+            **head.arguments(),
             **choice.arguments(),
         )
         verdict = result.report.verification
@@ -255,7 +257,9 @@ def _open(path: Path, source: Source) -> tuple[ModelFile, Inputs]:
     return opened, source.example_inputs(opened.module)
 
 
-def _planned(name: str, path: Path, source: Source, choice: Choice, printing: Printing) -> Report:
+def _planned(
+    name: str, path: Path, source: Source, choice: Choice, printing: Printing, **more: Any
+) -> Report:
     """Run the API's inspect or check on a model file."""
     from convmerge import api
 
@@ -264,7 +268,8 @@ def _planned(name: str, path: Path, source: Source, choice: Choice, printing: Pr
         clock = Clock()
         with clock.stage("load", progress):
             opened, inputs = _open(path, source)
-        report = plan(opened.module, inputs, bind=source.bound(), progress=progress, **choice.arguments())
+        options = choice.arguments() | more
+        report = plan(opened.module, inputs, bind=source.bound(), progress=progress, **options)
     return dataclasses.replace(
         report,
         model=str(path),
@@ -303,10 +308,10 @@ def _outcome(report: Report, equal: bool, time_taken: float) -> str:
     return f"{what} ({seconds(time_taken)})"
 
 
-def _fuse_command(path: Path, source: Source, choice: Choice) -> str:
+def _fuse_command(path: Path, *groups: Source | Head | Choice) -> str:
     """The command that fuses what was inspected."""
     output = path.with_name(f"{path.stem}-fused{path.suffix}")
-    words = ["convmerge", "fuse", str(path), "-o", str(output), *typed(source, choice)]
+    words = ["convmerge", "fuse", str(path), "-o", str(output), *typed(*groups)]
     return shlex.join(words)
 
 

@@ -125,6 +125,27 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What becomes of the layers after a map was flattened or pooled."""
+
+    fully_conv: Annotated[
+        bool,
+        Option(
+            "--fully-conv",
+            help="Make convolutions of linear layers, so that larger inputs give a map of outputs, one for "
+            "every window of the size of --input.",
+        ),
+    ] = False
+    average: Annotated[
+        bool, Option("--average", help="With --fully-conv: one output, the mean over the windows.")
+    ] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the Python API."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class Printing:
     """What is printed."""
 
@@ -170,7 +191,7 @@ def spread(command: Callable[..., int]) -> Callable[..., int]:
     return spread_command
 
 
-def typed(*groups: Source | Choice) -> list[str]:
+def typed(*groups: Source | Choice | Head) -> list[str]:
     """The options that differ from their defaults, as words of a command line."""
     words = []
     for group in groups:

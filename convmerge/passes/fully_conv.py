@@ -36,7 +36,7 @@ HINT = "leave --fully-conv out to merge the model as it is"
 ROUNDING64 = 1e-9  # of the output: more than order of summation explains, in float64, where weights are equal
 
 
-def fully_convolutional(model: nn.Module, inputs: Inputs, *, average: bool = False) -> Prepared:
+def fully_convolutional(model: nn.Module, inputs: Inputs, average: bool = False) -> Prepared:
     """Rewrite the heads of ``model`` for maps, and check them on windows.
 
     Args:
@@ -92,7 +92,7 @@ class _Conversion:
         self._check(reference, converted, larger)
         sites = [self._site(head, self._of_the_input(head, converted, larger)) for head in self.heads]
         sites += [_refused(self.evidence, output, reason) for output, reason in refused.items()]
-        return Prepared(converted, self.inputs, tuple(sites), reference)
+        return Prepared(converted, self.inputs, tuple(sites), reference, required=True)
 
     def _changes(self) -> list[Change]:
         changes: dict[Node, Change] = {}

@@ -8,6 +8,7 @@ each sample of a batch.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -161,9 +162,9 @@ class _Finder:
         return [n for n in nodes_of((call.node.args, call.node.kwargs)) if n not in self.context.constants]
 
     def _walk_back(self, output: Node) -> _Walk:
-        walk, pending = _Walk(), [output]
+        walk, pending = _Walk(), deque([output])  # the nearest calls first: what they lack is the reason
         while pending:
-            node = pending.pop()
+            node = pending.popleft()
             if node in walk.calls:
                 continue
             call = self._call(node)
@@ -176,6 +177,7 @@ class _Finder:
                 if not self._walk_to_pools(source, walk):
                     walk.maps.add(source)
             elif rule_for(call) is not None:
+                self._check_axes(call)
                 pending += self._sources(call)
             else:
                 raise Refusal(self._no_rule(call))
@@ -209,6 +211,13 @@ class _Finder:
         walk.maps |= found.maps
         walk.pools |= found.pools
         return True
+
+    def _check_axes(self, call: Call) -> None:
+        """Raise Refusal where a call leaves a vector of something that is no map."""
+        for size in (self.evidence.size(s) for s in self._sources(call) if is_tensor(s)):
+            if math.prod(size[2:]) > 1 and is_tensor(call.node) and len(self.evidence.size(call.node)) <= 2:
+                where = f"{call.op} of {call.leaf} on {_times(size)}"
+                raise Refusal(f"{where} keeps other axes than the channels of a map, as of tokens")
 
     def _no_rule(self, call: Call) -> str:
         shapes = " and ".join(_times(self.evidence.size(s)) for s in self._sources(call) if is_tensor(s))
