@@ -178,7 +178,7 @@ def blocks_of(elements: Sequence[Element], place: Place, patterns: Patterns) -> 
     Raises:
         Refusal: the elements are not one form.
     """
-    if any(isinstance(leaf.step, BorderFill | Passage) for leaf in leaves(elements)):
+    if any(type(e) is not Leaf or isinstance(e.step, BorderFill | Passage) for e in leaves(elements)):
         return None
     numbering = _Numbering(patterns)
     stages, target = numbering.along(elements, place, numbering.new(place.channels))

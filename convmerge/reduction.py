@@ -42,6 +42,7 @@ class _Reduction:
                 continue
             self._recognise(node, call, stale)
         through = {n for step in self.steps.values() if isinstance(step, Filter) for n in step.through}
+        self._count_readers_through(through)
         for node, step in self.steps.items():
             if node in through:
                 continue
@@ -52,7 +53,8 @@ class _Reduction:
             else:
                 self.element[node] = Leaf(step.source, node, step)
         unknown = tuple(call for call in self.unknown if call.node not in through)
-        return Regions(self._chains(), self._joins(), self.refused, unknown)
+        refused = {node: reason for node, reason in self.refused.items() if node not in through}
+        return Regions(self._chains(), self._joins(), refused, unknown)
 
     def _recognise(self, node: Node, call: Call, stale: set[Node]) -> None:
         if node in stale:
@@ -76,9 +78,20 @@ class _Reduction:
         uses: Counter[Node] = Counter()
         for node in self.evidence.graph.nodes:
             call = self.evidence.calls.get(node)
-            if (call is None or call.op not in CHECKS) and node not in self.writes:
+            ignored = node in self.context.constants or node in self.writes
+            if not ignored and (call is None or call.op not in CHECKS):
                 uses.update(nodes_of((node.args, node.kwargs)))
         return uses
+
+    def _count_readers_through(self, through: set[Node]) -> None:
+        """What is read by way of calls that belong to operators is read by as many as these ways lead to."""
+        for value in {source for node in through for source in node.all_input_nodes} - through:
+            direct = [node for node in value.users if node in through]
+            ends, pending = set[Node](), list(direct)
+            while pending:
+                for user in pending.pop().users:
+                    (pending.append if user in through else ends.add)(user)
+            self.uses[value] += len(ends) - len(direct)
 
     def _walk_back(self, value: Node) -> tuple[Node, Chain]:
         """The elements that lead to ``value``, as far back as nothing else reads the values between."""

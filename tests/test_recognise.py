@@ -460,4 +460,5 @@ def test_a_product_of_two_inputs_is_no_form() -> None:
 
 def test_every_recogniser_is_named_after_an_aten_operator() -> None:
     """A misspelt name would never be looked up."""
-    assert not [op for op in RECOGNISERS if not hasattr(torch.ops.aten, op)]
+    names = set(RECOGNISERS) - {"getitem"}  # one of several results, no operator of ATen
+    assert not [op for op in names if not hasattr(torch.ops.aten, op)]

@@ -18,10 +18,13 @@ def batched_linear(g: Geometry, dtype: torch.dtype, device: torch.device | str) 
     """
     into, out = g.in_channels // g.groups, g.out_channels // g.groups
     root = nn.Module()
-    new = {"dtype": dtype, "device": device}
-    root.register_parameter("weight", nn.Parameter(torch.empty(g.groups, out, into, **new)))
+    root.register_parameter(
+        "weight", nn.Parameter(torch.empty(g.groups, out, into, dtype=dtype, device=device))
+    )
     if g.bias:
-        root.register_parameter("bias", nn.Parameter(torch.empty(g.groups, out, 1, **new)))
+        root.register_parameter(
+            "bias", nn.Parameter(torch.empty(g.groups, out, 1, dtype=dtype, device=device))
+        )
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.get_attr("weight")
     blocks = graph.call_method("reshape", (x, -1, g.groups, into))

@@ -9,7 +9,9 @@ from torch.fx.node import Node
 
 from convmerge.capture import Call, is_tensor
 from convmerge.errors import Refusal
+from convmerge.recognise.channels import moved_channels
 from convmerge.recognise.filters import _padding
+from convmerge.recognise.products import blockwise
 from convmerge.recognise.steps import Context, Passage, Same, Step, recognises
 
 LAST = 2**31
@@ -69,6 +71,8 @@ def reshape(context: Context, call: Call) -> Step | None:
     before, after = context.shape(source), context.shape(call.node)
     if before == after:
         return Same(source)
+    if (form := blockwise(context, call) or moved_channels(context, call)) is not None:
+        return form
     if math.prod(before) != math.prod(after):
         return None
     kept: dict[int, int] = {}
@@ -119,6 +123,8 @@ def crop(context: Context, call: Call) -> Step | None:
     shape = context.shape(source)
     if context.shape(call.node) == shape:
         return Same(source) if (call.args["end"] or LAST) >= LAST and not call.args["start"] else None
+    if (picked := moved_channels(context, call)) is not None:
+        return picked
     dim, start, end = call.args["dim"] % len(shape), call.args["start"] or 0, call.args["end"]
     end = LAST if end is None else end
     if dim < 2 or len(shape) > 5 or call.args["step"] != 1:
