@@ -78,7 +78,7 @@ class _Reduction:
         uses: Counter[Node] = Counter()
         for node in self.evidence.graph.nodes:
             call = self.evidence.calls.get(node)
-            ignored = node in self.context.constants or node in self.writes
+            ignored = node in self.writes or (call is not None and node in self.context.constants)
             if not ignored and (call is None or call.op not in CHECKS):
                 uses.update(nodes_of((node.args, node.kwargs)))
         return uses
