@@ -27,13 +27,12 @@ from convmerge.passes.strides import Strides, strides_to
 from convmerge.passes.windows import OnWindows, Windows, enlarged
 from convmerge.recognise import Context
 from convmerge.report import SiteReport
-from convmerge.verification.compare import about_equal, compare
+from convmerge.verification.compare import about_equal, same_in_float64
 from convmerge.verification.errormodel import call
 from convmerge.verification.outputs import mismatch
 from convmerge.verification.probes import first_line
 
 HINT = "leave --fully-conv out to merge the model as it is"
-ROUNDING64 = 1e-9  # of the output: more than order of summation explains, in float64, where weights are equal
 
 
 def fully_convolutional(model: nn.Module, inputs: Inputs, average: bool = False) -> Prepared:
@@ -89,7 +88,8 @@ class _Conversion:
         reference = OnWindows(self.editor.apply(self._entries()), self.outputs, self.average)
         self._check_reference(reference)
         larger = self._larger(reference)
-        self._check(reference, converted, larger)
+        if (reason := same_in_float64(reference, converted, larger)) is not None:
+            raise Refusal(f"it is not the original's on windows: {reason}")
         sites = [self._site(head, self._of_the_input(head, converted, larger)) for head in self.heads]
         sites += [_refused(self.evidence, output, reason) for output, reason in refused.items()]
         return Prepared(converted, self.inputs, tuple(sites), reference, required=True)
@@ -138,12 +138,6 @@ class _Conversion:
         if mismatch(own, same) or not all(isinstance(y, Tensor) and about_equal(x, y) for x, y in tensors):
             raise Refusal("the layers of its head do not take each window as a sample of its own")
 
-    def _check(self, a: nn.Module, b: nn.Module, inputs: Inputs) -> None:
-        verdict = compare(a, b, inputs, more=False)
-        apart = verdict.comparisons[0].relative64 if verdict.comparisons else None
-        if not verdict.equal or (apart is not None and apart > ROUNDING64):
-            raise Refusal(f"it is not the original's on windows: {verdict.reason}")
-
     def _of_the_input(self, head: Head, converted: nn.Module, larger: Inputs) -> str:
         """What windows of the input have to do with the outputs, in words."""
         strides, image = self.strides[head.output], self.inputs.tensors()[0]
@@ -152,9 +146,7 @@ class _Conversion:
             return f"; {differ}{f': {strides.borders}' if strides.borders else ''}"
         size = tuple(image.shape[2:])
         cut = OnWindows(self.model, self.outputs, self.average, Windows(size, strides.steps))
-        try:
-            self._check(cut, converted, larger)
-        except (Refusal, ConvmergeError):
+        if same_in_float64(cut, converted, larger) is not None:
             return f"; {differ}"
         return f" and of {_times(size)} of the input, {_times(strides.steps)} apart"
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,10 +26,21 @@ from convmerge.verification.probes import Probe, bisect, first_line, probe, roun
 if TYPE_CHECKING:
     from convmerge.inputs import Inputs
 
-__all__ = ["FAIL", "WARN", "Probe", "bisect", "compare", "probe", "rounded_once"]
+__all__ = [
+    "FAIL",
+    "WARN",
+    "Probe",
+    "about_equal",
+    "bisect",
+    "compare",
+    "probe",
+    "rounded_once",
+    "same_in_float64",
+]
 
 WARN = 4.0  # times the original's own error: the same function, but worth a look
 CHAOTIC = 0.01  # of the output: from here on the original's own error would hide a mistake
+ORDER_OF_SUMS = 1e-9  # of the output, in float64: more than sums in another order can make of equal weights
 MORE_SAMPLES = 3  # further inputs run in float64 where the usual two leave doubts
 
 
@@ -57,6 +69,35 @@ def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: 
         except _NotEqualError as error:
             return Verification(False, str(error))
     return _verdict(runs, readings, refused, reference.note)
+
+
+def same_in_float64(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0) -> str | None:
+    """Why b, which has the very weights of a, does not compute what a does, or None.
+
+    Cheaper and sharper than :func:`compare`, on one input: in float64 only the order of sums can differ.
+    Models that do not run in float64 are compared as there.
+
+    Raises ConvmergeError as :func:`compare`.
+    """
+    wide = inputs.to(torch.float64)
+    try:
+        with _random_state_kept():
+            expected, found = (call(private(model, torch.float64), wide) for model in (a, b))
+    except Exception:  # a dtype is fixed somewhere
+        verdict = compare(a, b, inputs, seed=seed, more=False)
+        return None if verdict.equal else verdict.reason
+    if (reason := mismatch(expected, found)) is not None:
+        return reason
+    tensors = ((x, found[name]) for name, x in expected.items() if isinstance(x, Tensor))
+    apart = max(_apart(x, y) for x, y in tensors if isinstance(y, Tensor))
+    return f"they are {apart:.1e} of the output apart in float64" if apart > ORDER_OF_SUMS else None
+
+
+def _apart(x: Tensor, y: Tensor) -> float:
+    """max |x - y| over max |x|; infinite where integers or the places of NaN and infinities differ."""
+    if not x.is_floating_point() or not torch.equal(x.isfinite(), y.isfinite()):
+        return 0.0 if torch.equal(x, y) else math.inf
+    return Size.of(errormodel.difference(x, y)).over(Size.of(errormodel.finite(x))).peak
 
 
 class _NotEqualError(Exception):
