@@ -1,5 +1,8 @@
 """Partial evaluation: everything that does not depend on an input is a constant, evaluated in float64.
 
+A model in double precision is evaluated as it is instead: where it rounds to float32 in between, its function
+does.
+
 That alone turns weight standardisation, weight_norm, parametrizations, pruning masks, DO-Conv's einsum and
 gates of parameters into plain tensors.
 """
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Call, Evidence, nodes_of
+from convmerge.capture import Call, Evidence, is_tensor, nodes_of
 
 
 class Constants:
@@ -25,18 +28,21 @@ class Constants:
     def __init__(self, evidence: Evidence) -> None:
         self._evidence = evidence
         self._known: dict[Node, Any] = {}
+        self.widened = not any(tensor.dtype == torch.float64 for _, tensor in evidence.tensors.values())
+        self._fills = {n: value for n in evidence.calls if (value := _fill_value(evidence, n)) is not None}
         data = set(evidence.inputs)
         changed = True
         while changed:  # a second round only where a constant's memory is written with data
             changed = False
             for node, call in evidence.calls.items():
-                if node in data:
+                if node in data or node in self._fills:
                     continue
                 sources = nodes_of((node.args, node.kwargs))
                 random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
                 if random or any(source in data for source in sources) or _drifts(evidence, call):
                     data.add(node)
-                    if call.mutates and sources and sources[0] not in data:
+                    written = call.mutates and sources and sources[0] not in data
+                    if written and sources[0] not in self._fills:
                         data.update(_memory_of(sources[0]))
                         changed = True
         self._data = data
@@ -45,8 +51,14 @@ class Constants:
     def __contains__(self, node: object) -> bool:
         return isinstance(node, Node) and node not in self._data
 
+    def uniform(self, node: object) -> bool:
+        """Whether a value is one number in whatever shape the data around it has; its value is 0-d then."""
+        return node in self._fills
+
     def value(self, node: Node) -> Any:
-        """The constant's value on the CPU; floating-point tensors as float64. Raises KeyError on data."""
+        """The constant's value on the CPU; real floating-point tensors of a model in single or half precision
+        as float64. Raises KeyError on data.
+        """
         if node in self._data:
             raise KeyError(node)
         if node not in self._known:
@@ -73,7 +85,8 @@ class Constants:
         pending = [wanted]
         while pending:
             node = pending[-1]
-            missing = [s for s in nodes_of((node.args, node.kwargs)) if s not in self._known]
+            sources = () if node in self._fills else nodes_of((node.args, node.kwargs))
+            missing = [s for s in sources if s not in self._known]
             if missing:
                 pending.extend(missing)
                 continue
@@ -90,9 +103,37 @@ class Constants:
     def _evaluate(self, node: Node) -> Any:
         if node in self._evidence.tensors:
             tensor = self._evidence.tensors[node][1].detach().cpu()
-            wide = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+            wide = tensor.to(torch.float64) if tensor.is_floating_point() and self.widened else tensor
             return wide.clone() if wide is tensor and self._mutable else wide
-        return run_call(node, self._known.__getitem__)
+        if node in self._fills:
+            return torch.tensor(self._fills[node], dtype=torch.float64)
+        return run_call(node, self._known.__getitem__, widened=self.widened)
+
+
+WIDE = {dtype: torch.float64 for dtype in (torch.float16, torch.bfloat16, torch.float32)} | {
+    dtype: torch.complex128 for dtype in (torch.complex32, torch.complex64)
+}
+FILLS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
+ELEMENTWISE = frozenset({"add", "sub", "rsub", "mul"})
+
+
+def _fill_value(evidence: Evidence, node: Node) -> float | None:
+    """The number of a tensor of zeros or ones that is only ever combined with one other tensor of its shape.
+
+    Such tensors follow the shape of the data; a sum that is accumulated begins with one.
+    """
+    number = FILLS.get(evidence.calls[node].op)
+    if number is None or len(node.users) != 1 or not is_tensor(node):
+        return None
+    (user,) = node.users
+    call, others = evidence.calls.get(user), [n for n in user.all_input_nodes if n is not node]
+    alike = (
+        call is not None
+        and call.op in ELEMENTWISE
+        and len(others) == 1
+        and all(is_tensor(n) and n.meta["val"].shape == node.meta["val"].shape for n in others)
+    )
+    return number if alike and node.meta["val"].is_floating_point() else None
 
 
 OVERWRITES = frozenset({"copy", "fill", "zero"})
@@ -122,14 +163,14 @@ def _depends(node: Node, on: Node) -> bool:
     return False
 
 
-def run_call(node: Node, lookup: Any) -> Any:
-    """Run one call of the evidence graph with floating point widened to float64, on the CPU."""
+def run_call(node: Node, lookup: Any, *, widened: bool = True) -> Any:
+    """Run one call of the evidence graph on the CPU, with floating point widened to float64."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Node):
             return lookup(value)
-        if isinstance(value, torch.dtype) and value.is_floating_point:
-            return torch.float64
+        if isinstance(value, torch.dtype) and widened:
+            return WIDE.get(value, value)
         if isinstance(value, torch.device):
             return torch.device("cpu")
         if isinstance(value, list | tuple):
@@ -142,8 +183,9 @@ def run_call(node: Node, lookup: Any) -> Any:
     factory = (
         schema is not None and "dtype" in {a.name for a in schema.arguments} and not node.all_input_nodes
     )
-    if factory and kwargs.get("dtype") is None and node.meta["val"].dtype.is_floating_point:
-        kwargs["dtype"] = torch.float64  # or it would follow the global default and be float32
+    if factory and kwargs.get("dtype") is None and isinstance(val := node.meta.get("val"), Tensor):
+        # Or it would follow the global default and be float32.
+        kwargs["dtype"] = WIDE.get(val.dtype, val.dtype) if widened else val.dtype
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 

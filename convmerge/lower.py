@@ -74,6 +74,7 @@ class Frames:
 
     def __init__(self, evidence: Evidence, constants: Constants) -> None:
         self.evidence = evidence
+        self.constants = constants
         self.calls: dict[Frame, list[Node]] = {}
         self.data: dict[Frame, set[Node]] = {}
         self.by_path: dict[str, list[Frame]] = {}
@@ -212,8 +213,7 @@ def _result(frames: Frames, unit: Frame) -> Node:
 
 
 def _reads(frames: Frames, user: Node) -> bool:
-    call = frames.evidence.calls.get(user)
-    return call is None or call.op not in CHECKS
+    return user not in frames.evidence.calls or user in frames.data[ROOT]
 
 
 def _signature_fits(evidence: Evidence, unit: Frame) -> bool:

@@ -203,7 +203,7 @@ def stale_readers(evidence: Evidence, constants: Constants, understood: Set[Node
         return stale
     for node, call in evidence.calls.items():
         for source in nodes_of((node.args, node.kwargs)):
-            if node in constants or not is_tensor(source):
+            if node in constants or not is_tensor(source) or constants.uniform(source):
                 continue
             since, until = _as_of(source, evidence), call.index
             if source in constants:

@@ -133,11 +133,19 @@ class Replay:
         return F.pad(x, [0, 0] * (x.dim() - axis - 1) + [share.start, after])
 
     def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
+        constants = self._constants
+
         def look_up(node: Node) -> object:
-            return values[node] if node in values else self._constants.value(node)
+            return values[node] if node in values else constants.value(node)
+
+        def in_shape(node: Node, reader: Node) -> object:
+            if not constants.uniform(node):
+                return look_up(node)
+            other = next(look_up(n) for n in reader.all_input_nodes if n is not node)
+            return torch.ones_like(other) * constants.value(node)
 
         for node in calls:
-            values[node] = run_call(node, look_up)
+            values[node] = run_call(node, lambda n: in_shape(n, node), widened=constants.widened)  # noqa: B023
         return values
 
     def _magnitudes(self, elements: Sequence[Element], x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from convmerge.constants import Constants
 from convmerge.errors import ConvmergeError
 from convmerge.inputs import Inputs, as_inputs
 from convmerge.regions import stale_readers
+from convmerge.tracing import unmarked
 
 MAP = (2, 6, 7, 9)
 
@@ -358,3 +359,48 @@ def test_numbers_taken_from_values_are_no_constants() -> None:
     other = 3 * random(*MAP, seed=1)
     with torch.no_grad():
         assert_close(result.model(other), model(other))
+
+
+class Adapter(nn.Module):
+    """A low-rank update with dropout, and casts to what the values are already, on its way."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inside, outside)
+        self.a, self.b = nn.Linear(inside, 2, bias=False), nn.Linear(2, outside, bias=False)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        y = self.base(x)
+        return (y + self.b(self.a(self.drop(x.to(self.a.weight.dtype))))).to(dtype)
+
+
+def test_what_returns_its_argument_ties_nothing_together() -> None:
+    heads = {"first": Adapter(7, 5), "second": Adapter(7, 11), "plain": nn.Linear(7, 3)}
+    model = randomised(Function(lambda m, x: (m.first(x), m.second(x), m.plain(x)), **heads))
+    result, x = convmerge.fuse(model, random(2, 13, 7)), random(2, 13, 7)
+    assert [site.place for site in result.report.merged()] == ["first", "second"]
+    for fused, original in zip(result.model(x), model(x), strict=True):
+        assert_close(fused, original)
+
+
+def test_tracing_leaves_no_marks() -> None:
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torch.ones(1, 6, 1, 1)
+            self.register_buffer("shift", torch.ones(1, 6, 1, 1))
+            self.conv = nn.Conv2d(6, 5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.mean.type_as(x)
+            self.shift = self.shift * 1.0
+            return self.conv((x - self.mean - self.shift) * 3)
+
+    module = Remembering()
+    before = dict(vars(module)), dict(module._buffers)
+    with unmarked(module):
+        torch.fx.symbolic_trace(module)
+        assert not isinstance(module.mean, Tensor)
+    assert (dict(vars(module)), dict(module._buffers)) == before

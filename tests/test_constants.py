@@ -260,3 +260,71 @@ def test_a_buffer_that_every_run_overwrites_alike_is_a_constant() -> None:
     model, x = randomised(Function(forward, kernel=torch.zeros(7, 9), **parts)), random(*MAP)
     with torch.no_grad():
         assert_close(applied(model, x), x @ (model.a @ model.b).t())
+
+
+class RoundingWithin(nn.Linear):
+    """A weight that goes through float32, as Fourier and Hadamard adapters have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + torch.fft.ifft2(self.weight.float()).real.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-7)])
+def test_a_model_in_double_precision_rounds_where_it_does(dtype: torch.dtype, tolerance: float) -> None:
+    model = randomised(nn.Sequential(RoundingWithin(7, 5), nn.Linear(5, 3))).to(dtype)
+    x = random(11, 7).to(dtype)
+    result = convmerge.fuse(model, x)
+    assert len(result.report.merged()) == 1
+    with torch.no_grad():
+        difference, size = (result.model(x) - model(x)).abs().max(), model(x).abs().max()
+    assert float(difference) < tolerance * float(size)
+
+
+class Accumulating(nn.Module):
+    """A sum of branches that begins with zeros or ones in the shape of the data."""
+
+    def __init__(self, begin: Callable[[Tensor], Tensor], *, in_place: bool) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(6, 6, k, padding=k // 2) for k in (1, 3, 5))
+        self.begin, self.in_place = begin, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.begin(x)
+        for branch in self.branches:
+            if self.in_place:
+                y += branch(x)
+            else:
+                y = y + branch(x)
+        return y
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "begin",
+    [
+        torch.zeros_like,
+        torch.ones_like,
+        lambda y: y.new_zeros(y.shape),
+        lambda y: torch.zeros(2, 6, 7, 9).double(),
+    ],
+    ids=["zeros_like", "ones_like", "new_zeros", "zeros"],
+)
+def test_a_sum_accumulated_from_zeros(begin: Callable[[Tensor], Tensor], in_place: bool) -> None:
+    model, x = (
+        randomised(nn.Sequential(Accumulating(begin, in_place=in_place), nn.BatchNorm2d(6))),
+        random(*MAP),
+    )
+    result = convmerge.fuse(model, x)
+    assert models.operators(result.model, x).get("conv") == 1, result.report
+    with torch.no_grad():
+        assert_close(result.model(x), model(x))
+
+
+def test_zeros_that_are_written_to_are_no_constant() -> None:
+    def forward(_: Any, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, 2:] += x[:, :4]
+        return y + x
+
+    chains = regions_of(Function(forward), random(*MAP)).chains
+    assert not any("add" in str(leaf.step) for chain in chains for leaf in chain if hasattr(leaf, "step"))

@@ -137,8 +137,9 @@ class Context:
         return tensor
 
     def shape(self, value: object) -> tuple[int, ...]:
-        """Shape of an argument on the example inputs; () for a number."""
-        return self.evidence.size(value) if isinstance(value, Node) else ()
+        """Shape of an argument on the example inputs; () for a number, also one in the shape of the data."""
+        number = not isinstance(value, Node) or self.constants.uniform(value)
+        return () if number else self.evidence.size(value)  # type: ignore[arg-type]
 
 
 def channelwise_filter(
