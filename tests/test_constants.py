@@ -305,7 +305,7 @@ class Accumulating(nn.Module):
         torch.zeros_like,
         torch.ones_like,
         lambda y: y.new_zeros(y.shape),
-        lambda y: torch.zeros(2, 6, 7, 9).double(),
+        lambda y: torch.zeros(y.shape, dtype=y.dtype),
     ],
     ids=["zeros_like", "ones_like", "new_zeros", "zeros"],
 )
