@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convmerge.api import Result, check, fuse, inspect, verify
+    from convmerge.api import Result, bench, check, fuse, inspect, verify
     from convmerge.errors import ConvmergeError, LoadError, Refusal
     from convmerge.io import load, save
 
@@ -24,6 +24,7 @@ __all__ = [
     "LoadError",
     "Refusal",
     "Result",
+    "bench",
     "check",
     "fuse",
     "inspect",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Result", "check", "fuse", "inspect", "verify"), "convmerge.api"),
+    **dict.fromkeys(("Result", "bench", "check", "fuse", "inspect", "verify"), "convmerge.api"),
     **dict.fromkeys(("ConvmergeError", "LoadError", "Refusal"), "convmerge.errors"),
     **dict.fromkeys(("load", "save"), "convmerge.io"),
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from convmerge.benchmark import Benchmark, benchmark
 from convmerge.capture import capture, copy_model
 from convmerge.cost import Objective
 from convmerge.counts import count
@@ -333,13 +334,41 @@ def verify(
 
     Raises ConvmergeError where no verdict is possible: ``a`` does not run, or does not repeat its own output.
     """
-    inputs = as_inputs(example_inputs)
-    if bind:
-        bound = bind_inputs(a, inputs, bind)
-        a, inputs = Filled(a, bound.values), bound.rest
-        left = {name: value for name, value in bound.values.items() if takes(b, name)}
-        b = Filled(b, left) if left else b
+    a, b, inputs = _alike(a, b, as_inputs(example_inputs), bind)
     return compare(a, b, inputs, seed=seed)
+
+
+def bench(
+    a: nn.Module,
+    b: nn.Module,
+    example_inputs: Any,
+    *,
+    bind: Mapping[str, Any] | None = None,
+    pairs: int = 15,
+    threads: int | None = None,
+) -> Benchmark:
+    """Time, memory, MACs and parameters of two models on the same inputs. Outputs are not compared.
+
+    Args:
+        bind: as for :func:`verify`.
+        pairs: runs of each model, in turn; at least 2.
+        threads: of torch while they run; None leaves the number as it is.
+
+    Raises ConvmergeError where one of them does not run on the inputs.
+    """
+    a, b, inputs = _alike(a, b, as_inputs(example_inputs), bind)
+    return benchmark(copy_model(a).eval(), copy_model(b).eval(), inputs, pairs=pairs, threads=threads)
+
+
+def _alike(
+    a: nn.Module, b: nn.Module, inputs: Inputs, bind: Mapping[str, Any] | None
+) -> tuple[nn.Module, nn.Module, Inputs]:
+    """Both models as functions of the inputs that are not bound; ``b`` may take the bound ones or not."""
+    if not bind:
+        return a, b, inputs
+    bound = bind_inputs(a, inputs, bind)
+    left = {name: value for name, value in bound.values.items() if takes(b, name)}
+    return Filled(a, bound.values), Filled(b, left) if left else b, bound.rest
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -223,6 +223,48 @@ def verify_command(
     return CLEAN if verdict.equal else FINDING
 
 
+@app.command("bench")
+@spread
+def bench_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help=_SAVED)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, such as A fused.")],
+    *,
+    pairs: Annotated[int, typer.Option(min=2, metavar="N", help="Runs of each model, in turn.")] = 15,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of torch; its own choice if left out.")
+    ] = None,
+    source: Source,
+    printing: Printing,
+) -> int:
+    """Time two models in turn; memory, MACs and parameters of both. Does not compare outputs: see verify."""
+    from convmerge import api, render
+    from convmerge.report import Report
+
+    with printing.terminal().working() as progress:
+        clock = Clock()
+        with clock.stage("load", progress):
+            first, inputs = _open(a, source)
+            second = source.open(b)
+        with clock.stage("run", progress):
+            bound = source.bound()
+            found = api.bench(first.module, second.module, inputs, bind=bound, pairs=pairs, threads=threads)
+    report = Report(
+        "bench",
+        f"A {a}, B {b}",
+        inputs=inputs.describe(),
+        inputs_inferred=inputs.inferred,
+        warnings=(*first.notes, *second.notes),
+        before=found.counts[0],
+        after=found.counts[1],
+        speedup=found.speedup,
+        peak_bytes=dict(zip(("before", "after"), found.peak_bytes, strict=True)),
+        seconds=clock.stages,
+        file_bytes=_sizes(before=a, after=b),
+    )
+    _print(printing, report, lambda view: render.bench_parts(report, view))
+    return CLEAN
+
+
 class NotSameError(ConvmergeError):
     """What was read back from the written file is not what was fused: a negative finding."""
 

@@ -90,11 +90,28 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """How two models compare in time, from forward passes in turn.
+
+    Attributes:
+        median: of the first model's time over the second's, within a pair of runs.
+        middle_half: its quartiles over all pairs.
+        seconds: median time of a pass of each.
+        threads: that torch ran with.
+    """
+
+    median: float
+    middle_half: tuple[float, float]
+    seconds: tuple[float, float]
+    threads: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run has to say.
 
     Attributes:
-        command: ``inspect``, ``fuse``, ``check`` or ``verify``.
+        command: ``inspect``, ``fuse``, ``check``, ``verify`` or ``bench``.
         model: file name or class name.
         inputs: the example inputs used, name → ``1×3×224×224 float32``.
         inputs_inferred: whether they were guessed from the first layer.
@@ -103,6 +120,9 @@ class Report:
         warnings: things the user should know, a sentence each (train mode, observed sites, dropped sites).
         before, after: figures of the model; for inspect ``after`` is predicted.
         verification: of the whole model; None if nothing was merged or nothing was run.
+        speedup: of the second model over the first, for bench.
+        peak_bytes: ``before`` and ``after``: the most that the tensors made in one pass take up at one time,
+            for bench.
         seconds: stage → time taken.
         file_bytes: ``before`` and ``after``, where files are involved.
         output: the file that was written, or None.
@@ -118,6 +138,8 @@ class Report:
     before: Counts | None = None
     after: Counts | None = None
     verification: Verification | None = None
+    speedup: Speedup | None = None
+    peak_bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)
     output: str | None = None

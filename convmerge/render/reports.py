@@ -67,13 +67,28 @@ def fuse_parts(report: Report, view: View, outcome: str) -> list[RenderableType]
     if view.verbose and report.sites:
         parts += ["", *site_parts(report.sites, view)]
     if report.before and report.after:
-        parts += ["", _before_after(report, report.before, report.after, view)]
+        columns = ("before", "after", "change")
+        parts += ["", _before_after(report, report.before, report.after, columns, view)]
     parts.append("")
     if report.verification:
         parts += _verification(report.verification, view)
     parts += _times(report, view)
     parts.append(view.text(outcome))
     return parts
+
+
+def bench_parts(report: Report, view: View) -> list[RenderableType]:
+    """What ``convmerge bench`` prints."""
+    parts: list[RenderableType] = [view.text(report.model, "bold"), *_inputs(report, view)]
+    if report.before and report.after:
+        parts += ["", _before_after(report, report.before, report.after, ("A", "B", "change"), view)]
+    if report.speedup:
+        low, high = (f"{ratio:.2f}" for ratio in report.speedup.middle_half)
+        threads = plural(report.speedup.threads, "thread")
+        times = f"B is {report.speedup.median:.2f}× as fast as A"
+        spread = f": middle half of all pairs {low}–{high}×, {threads}"
+        parts += ["", view.text(times, "bold") + view.text(spread)]
+    return parts + _times(report, view)
 
 
 def verify_parts(report: Report, view: View) -> list[RenderableType]:
@@ -103,9 +118,9 @@ def contents_parts(contents: Contents, view: View) -> list[RenderableType]:
     return parts + ([view.text(f"and {plural(hidden, 'tensor')} more, shown with -v")] if hidden else [])
 
 
-def _before_after(report: Report, before: Counts, after: Counts, view: View) -> Table:
+def _before_after(report: Report, before: Counts, after: Counts, columns: Sequence[str], view: View) -> Table:
     table = new_table("")
-    for name in ("before", "after", "change"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
 
     def row(name: str, a: int, b: int, show: Callable[[int], str], change: str, style: str = "") -> None:
@@ -120,9 +135,13 @@ def _before_after(report: Report, before: Counts, after: Counts, view: View) -> 
     row("MACs", before.macs, after.macs, compact, percent(before.macs, after.macs), "bold")
     a, b = before.parameters, after.parameters
     row("parameters", a, b, compact, percent(a, b), "bold")
-    if {"before", "after"} <= report.file_bytes.keys():
-        a, b = report.file_bytes["before"], report.file_bytes["after"]
-        row("file", a, b, lambda n: compact(n, "B"), percent(a, b), "bold")
+    for name, sizes in (("file", report.file_bytes), ("peak memory", report.peak_bytes)):
+        if {"before", "after"} <= sizes.keys():
+            a, b = sizes["before"], sizes["after"]
+            row(name, a, b, lambda n: compact(n, "B"), percent(a, b), "bold")
+    if report.speedup:
+        a, b = (round(time * 1e9) for time in report.speedup.seconds)
+        row("time", a, b, lambda n: seconds(n * 1e-9), percent(a, b), "bold")
     return table
 
 
