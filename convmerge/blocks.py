@@ -9,7 +9,7 @@ component alone, and is folded as they are.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -95,19 +95,43 @@ class Blocks:
             members[replace(geometry, bias=bias)].append(index)
         return tuple(self._group(geometry, tuple(group)) for geometry, group in members.items())
 
+    @property
+    def words(self) -> str:
+        """Number and sizes of the blocks, and whether a permutation hides them."""
+        sizes = Counter(f"{len(part.inputs)}→{len(part.outputs)}" for part in self.parts)
+        shown = [size if n == 1 else f"{n} of {size}" for size, n in sizes.most_common(3)]
+        more = ", …" if len(sizes) > len(shown) else ""
+        words = f"{len(self.parts)} blocks ({', '.join(shown)}{more})"
+        if len(sizes) == 1:
+            words = f"{len(self.parts)} block{'s' * (len(self.parts) > 1)} of {next(iter(sizes))}"
+        hidden = any(not _is_run(c) for part in self.parts for c in (part.inputs, part.outputs))
+        return f"{words}, behind a permutation" if hidden else words
+
     def forms(self) -> list[Affine]:
         """The form of every group in float64."""
         try:
             forms = [fold_numbers(part.elements, part.place(self.place)) for part in self.parts]
         finally:
             self._whole.clear()
-        return [diagonal_sum([forms[member] for member in group.members]) for group in self.groups]
+        return [_side_by_side(forms, group) for group in self.groups]
 
     def _group(self, geometry: Geometry, members: tuple[int, ...]) -> Group:
         parts = [self.parts[member] for member in members]
         inputs = tuple(channel for part in parts for channel in part.inputs)
         outputs = tuple(channel for part in parts for channel in part.outputs)
         return Group(members, repeat_geometry(geometry, len(parts)), inputs, outputs)
+
+
+def _side_by_side(forms: Sequence[Affine], group: Group) -> Affine:
+    """The members of a group as one form, with the bias that its geometry says."""
+    form = diagonal_sum([forms[member] for member in group.members])
+    if group.geometry.bias and form.bias is None:
+        return form.with_bias(form.weight.new_zeros(group.geometry.out_channels))
+    return form
+
+
+def _is_run(channels: Channels) -> bool:
+    return channels == tuple(range(channels[0], channels[0] + len(channels)))
 
 
 class Patterns:

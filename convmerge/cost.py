@@ -120,8 +120,13 @@ _KINDS = {
     "channel_shuffle": "copy",
     "cat": "copy",
     "index_select": "select",
+    "permuted": "select",
     "narrow": "view",
+    "channels": "view",
 }
+# Products of blocks, and how many views and the like stand around one.
+_PRODUCTS = ("einsum", "bmm", "baddbmm", "matmul")
+_VIEWS = 4
 
 
 def layer_cost(
@@ -203,6 +208,9 @@ def operator_cost(
         return Cost(Load(kind, 0, 2 * elements * bytes_of(dtype)).latency, 0, 0)
     if name in _LAYERS:
         return layer_cost(Layer(_LAYERS[name], geometry), size, batch=batch, dtype=dtype)
+    if name in _PRODUCTS and not geometry.spatial:
+        product = layer_cost(Layer("batched_linear", geometry), size, batch=batch, dtype=dtype)
+        return replace(product, latency=product.latency + _VIEWS * Load("view", 0, 0).latency)
     moved = batch * activations(geometry, size) * bytes_of(dtype)
     taps = batch * geometry.macs(size) if kind == "pool" else 0
     weights = geometry.weights if kind in ("batch norm", "elementwise") else 0

@@ -15,6 +15,7 @@ from convmerge.borderclasses import Bordered
 from convmerge.borderplan import border_numbers
 from convmerge.decide import Decider, Decision, Decisions
 from convmerge.emit.bordered import build_bordered
+from convmerge.emit.parallel import Parallel, build_parallel
 from convmerge.errors import Refusal
 from convmerge.plan import Site, site_numbers
 from convmerge.recognise import Filter
@@ -72,6 +73,8 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
     try:
         if isinstance(site.emission, Bordered):
             exact, layer = _bordered(site, site.emission, style)
+        elif isinstance(site.emission, Parallel):
+            exact, layer = _parallel(site, site.emission, style)
         else:
             exact, layer = _plain(decider, site, site.emission, style)
         rounded_once(layer, exact)
@@ -117,6 +120,22 @@ def _bordered(site: Site, b: Bordered, style: _Style) -> tuple[nn.Module, nn.Mod
     exact = build_bordered(b, forms, torch.float64)
     layer = build_bordered(
         b,
+        forms,
+        style.dtype,
+        device=style.device,
+        requires_grad=style.requires_grad,
+        memory_format=style.memory_format,
+    )
+    return exact, layer
+
+
+def _parallel(site: Site, p: Parallel, style: _Style) -> tuple[nn.Module, nn.Module]:
+    """Layers side by side, in float64 and in the dtype of ``style``."""
+    assert site.blocks is not None
+    forms = site.blocks.forms()
+    exact = build_parallel(p, forms, torch.float64)
+    layer = build_parallel(
+        p,
         forms,
         style.dtype,
         device=style.device,

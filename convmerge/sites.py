@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from convmerge.affine import Geometry
-from convmerge.borderclasses import Bordered
 from convmerge.cost import Cost
 from convmerge.decide import Decider, Decisions, site_paths
+from convmerge.emit import Emission
 from convmerge.errors import Refusal
 from convmerge.fold import geometry_of, place_of
 from convmerge.layers import Built
@@ -64,8 +64,9 @@ def _merge_row(
 
 def _outcome(site: Site) -> str:
     emission = site.emission
-    single = not isinstance(emission, Bordered) and len(emission.layers) == 1
-    return f"one {emission}" if single else str(emission)
+    single = isinstance(emission, Emission) and len(emission.layers) == 1
+    words = f"one {emission}" if single else str(emission)
+    return words if site.blocks is None else f"{site.blocks.words}: {words}"
 
 
 def _denial_row(decider: Decider, denial: Denial) -> SiteReport:

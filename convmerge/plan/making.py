@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from convmerge.blocks import Patterns, blocks_of, has_structure
 from convmerge.borderplan import border_option
 from convmerge.capture import Evidence
 from convmerge.cost import Cost, CostModel, Objective
 from convmerge.emit import Emission, emissions, swapped
+from convmerge.emit.parallel import Branch, Parallel
 from convmerge.errors import Refusal
 from convmerge.fold import Place, after, cover_geometry, covers_map, fold_geometry
 from convmerge.lower import Run
+from convmerge.plan.blockwise import FREE_MACS, in_order, order_cost, relaid
 from convmerge.plan.site import Site, at_home, before_join, check_place, is_same, run_geometries, runs_of
 from convmerge.recognise import Filter
 from convmerge.regions import Chain, Element, Leaf, Share
@@ -27,14 +30,71 @@ class Maker:
         evidence: where sizes come from.
         objective: ``latency``, ``macs`` or ``params``; ties go to latency.
         model: what ways to build a form cost.
+        patterns: which channels the operators connect.
     """
 
     evidence: Evidence
     objective: Objective
     model: CostModel
+    patterns: Patterns
 
     def site(self, elements: Chain, place: Place, before: Cost) -> Site:
-        """The elements as one operator. Raises Refusal."""
+        """The elements as one operator, or as independent blocks. Raises Refusal."""
+        whole = self._whole(elements, place, before)
+        blocks = self._in_blocks(whole)
+        if blocks is None or blocks.blocks is None:
+            return whole
+        if len(blocks.blocks.parts) > 1:
+            whole = replace(whole, spare=FREE_MACS)
+        affordable = [s for s in (whole, blocks) if s.after.macs <= before.macs + s.spare]
+        return min(affordable or (whole, blocks), key=lambda s: s.after.key(self.objective))
+
+    def relaid(self, elements: Chain, before: Cost) -> Site | None:
+        """Elements between views that cancel, as one operator without these; None where they are no such
+        thing. Raises Refusal.
+        """
+        found = relaid(self.evidence, elements)
+        if found is None:
+            return None
+        place, geometry = found
+        check_place(geometry, place)
+        dtype = self.evidence.dtype(elements[0].source)
+        emission, cost = self.cheapest(emissions(geometry), place, dtype, before, FREE_MACS)
+        run = Run(elements)
+        return Site(elements, place, run, (), place, geometry, emission, before, cost, spare=FREE_MACS)
+
+    def alone(self, element: Element) -> bool:
+        """Whether an operator can become another one by itself: its channels fall apart into blocks."""
+        if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
+            return False
+        by_hand = element.step.kind.endswith("blocks") and element.step.geometry.groups > 1
+        return by_hand or self.patterns.found(element)
+
+    def _in_blocks(self, whole: Site) -> Site | None:
+        """The same elements as independent blocks; None where there are none."""
+        elements, place = whole.home.elements, whole.home_place
+        if whole.emptied or covers_map(elements) or not has_structure(elements, self.patterns):
+            return None
+        dtype = self.evidence.dtype(elements[0].source)
+        try:
+            blocks = blocks_of(elements, place, self.patterns)
+            if blocks is None:
+                return None
+            groups = blocks.groups
+            ways = [
+                self.cheapest(emissions(g.geometry), place, dtype, whole.before, FREE_MACS) for g in groups
+            ]
+        except Refusal:
+            return None
+        branches = [Branch(g.inputs, g.outputs, way) for g, (way, _) in zip(groups, ways, strict=True)]
+        p = Parallel(whole.geometry, tuple(branches))
+        cost = sum((cost for _, cost in ways), order_cost(self.model, p, place, dtype))
+        blocks_alone = replace(whole, after=cost, blocks=blocks, spare=FREE_MACS)
+        if in_order(p):
+            return replace(blocks_alone, geometry=groups[0].geometry, emission=ways[0][0])
+        return replace(blocks_alone, emission=p)
+
+    def _whole(self, elements: Chain, place: Place, before: Cost) -> Site:
         runs = runs_of(elements)
         geometries = run_geometries(self.evidence, elements, runs)
         parts = [before_join(run) for run in runs]
@@ -44,13 +104,17 @@ class Maker:
             geometry = cover_geometry(geometry, home_place.size)
         check_place(geometry, home_place)
         ways = (*emissions(geometry), *self._swapped(elements, runs, home_place))
-        emission, cost = self.cheapest(ways, home_place, self.evidence.dtype(elements[0].source), before)
+        spare = FREE_MACS if geometry.spatial == 0 and geometry.groups > 1 else 0
+        dtype = self.evidence.dtype(elements[0].source)
+        emission, cost = self.cheapest(ways, home_place, dtype, before, spare)
         kept = parts[home]
         assert kept is not None
         emptied = [part for index, part in enumerate(parts) if index != home and part is not None]
         if moved := tuple(e.of for e in elements if isinstance(e, Share) and e.constant):
             emptied.append(Run(moved))
-        return Site(elements, place, kept, tuple(emptied), home_place, geometry, emission, before, cost)
+        return Site(
+            elements, place, kept, tuple(emptied), home_place, geometry, emission, before, cost, spare=spare
+        )
 
     def bordered(self, elements: Chain, place: Place, before: Cost) -> Site | None:
         """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""
@@ -63,11 +127,17 @@ class Maker:
         return Site(elements, place, Run(elements), (), place, b.whole, b, before, cost)
 
     def cheapest(
-        self, ways: Sequence[Emission], place: Place, dtype: torch.dtype, before: Cost
+        self, ways: Sequence[Emission], place: Place, dtype: torch.dtype, before: Cost, spare: int = 0
     ) -> tuple[Emission, Cost]:
-        """The cheapest of several ways to build a form at a place; ``before``: of what it replaces."""
+        """The cheapest of several ways to build a form at a place; ``before``: of what it replaces.
+
+        With ``spare`` the cheapest of those that add no more MACs than that, if there are any.
+        """
         costs = self.model.ways(ways, place.size, batch=place.batch, dtype=dtype, before=before)
-        return min(zip(ways, costs, strict=True), key=lambda pair: pair[1].key(self.objective))
+        pairs = list(zip(ways, costs, strict=True))
+        if spare and self.objective != "params":
+            pairs = [pair for pair in pairs if pair[1].macs <= before.macs + spare] or pairs
+        return min(pairs, key=lambda pair: pair[1].key(self.objective))
 
     def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> tuple[Emission, ...]:
         """A channel mix on the other side of an average pool or a nearest upsampling, where the two swap."""

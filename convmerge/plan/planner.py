@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch.fx.node import Node
 
 from convmerge.affine import Geometry
+from convmerge.blocks import Patterns
 from convmerge.borderplan import border_pays
 from convmerge.capture import Evidence
 from convmerge.cost import ZERO, Cost, CostModel, Objective, Roofline
@@ -60,7 +61,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.costs = LeafCosts(self.frames, self.cost_model)
-        self.maker = Maker(self.frames.evidence, self.objective, self.cost_model)
+        patterns = Patterns(self.frames.evidence, self.frames.constants)
+        self.maker = Maker(self.frames.evidence, self.objective, self.cost_model, patterns)
 
     @property
     def evidence(self) -> Evidence:
@@ -91,7 +93,7 @@ class Planner:
         """Every segment that begins at ``first`` and can be one operator, or one element left as it is."""
         parts = [Part(first, first, self._cost_as_is(chain[first]), None)]
         if is_passage(chain[first]):
-            return parts
+            return [*parts, *self._relaid_parts(chain, first)]
         before = ZERO
         solid = 0
         for last in range(first, min(first + self.window, len(chain))):
@@ -99,7 +101,7 @@ class Planner:
             if is_filler(chain[last]):
                 continue
             solid += 1
-            if solid == 1 and isinstance(chain[last], Leaf) and not self.costs.computed(chain[last]):
+            if solid == 1 and isinstance(chain[last], Leaf) and not self._alone(chain[last]):
                 continue
             # Identities behind belong to the site: a module that ends in one can then be replaced whole.
             end = last
@@ -117,9 +119,9 @@ class Planner:
                 parts.append(Part(first, end, site.after, site))
         return parts
 
-    def gains(self, after: Cost, before: Cost) -> bool:
-        """Whether something costs less, and does not raise the MACs by more than a trifle."""
-        return self._affordable(after, before) and self._cheaper(after, before)
+    def gains(self, after: Cost, before: Cost, spare: int = 0) -> bool:
+        """Whether something costs less, and does not raise the MACs by more than a trifle, or ``spare``."""
+        return self._affordable(after, before, spare) and self._cheaper(after, before)
 
     def _cheaper(self, after: Cost, before: Cost) -> bool:
         """Whether a merge gains anything: what is rebuilt as it was must not count as one."""
@@ -145,6 +147,27 @@ class Planner:
                 parts.append(Part(first, last, site.after, site))
         return parts
 
+    def _relaid_parts(self, chain: Chain, first: int) -> list[Part]:
+        """Segments from one view to another that gives the layout back, and that pay without them."""
+        parts: list[Part] = []
+        before = self._cost_as_is(chain[first])
+        for last in range(first + 1, min(first + self.window, len(chain))):
+            elements = chain[first : last + 1]
+            before = before + self._cost_as_is(chain[last])
+            if not is_passage(chain[last]) or self._unwanted(elements):
+                continue
+            try:
+                site = self.maker.relaid(elements, before)
+            except Refusal:
+                break
+            if site is not None and self.pays(site):
+                parts.append(Part(first, last, site.after, site))
+        return parts
+
+    def _alone(self, element: Element) -> bool:
+        """Whether one operator can become another one."""
+        return bool(self.costs.computed(element)) or self.maker.alone(element)
+
     def _unwanted(self, elements: Chain) -> bool:
         return ends_of(elements) in self.forbidden or not self.allowed(elements)
 
@@ -163,15 +186,15 @@ class Planner:
 
     def pays(self, site: Site) -> bool:
         """Whether a merge gains anything."""
-        return self.gains(site.after, site.before)
+        return self.gains(site.after, site.before, site.spare)
 
-    def _affordable(self, after: Cost, before: Cost) -> bool:
+    def _affordable(self, after: Cost, before: Cost, spare: int = 0) -> bool:
         """Predicted time decides only among merges that do not raise the MACs by more than a trifle.
 
         More work in fewer calls can be faster, but not on every machine, and never for a compiler that fuses
         the calls anyway.
         """
-        return self.objective == "params" or after.macs <= before.macs + self.spare_macs
+        return self.objective == "params" or after.macs <= before.macs + max(self.spare_macs, spare)
 
     def way_to_build(self, geometry: Geometry, site: Site) -> Emission:
         """The cheapest way to build a form of some geometry where a site stands. Raises Refusal."""

@@ -10,11 +10,13 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import lift, lift_geometry
+from convmerge.blocks import Blocks
 from convmerge.borderclasses import Bordered
 from convmerge.borders import join, join_geometry
 from convmerge.capture import Evidence
 from convmerge.cost import Cost
 from convmerge.emit import Emission
+from convmerge.emit.parallel import Parallel
 from convmerge.errors import Refusal
 from convmerge.fold import (
     Place,
@@ -40,6 +42,8 @@ class Site:
         before, after: predicted cost of the elements as they are, and of the new layer.
         joint: the join of which this is a term, where an operator after it moved into all of its terms: a
             site of one of them is made if the sites of all are.
+        blocks: the independent parts that the emission is built of; None where it is one form.
+        spare: how many MACs it may add where it is predicted to be faster.
     """
 
     elements: tuple[Element, ...]
@@ -48,10 +52,12 @@ class Site:
     emptied: tuple[Run, ...]
     home_place: Place
     geometry: Geometry
-    emission: Emission | Bordered
+    emission: Emission | Bordered | Parallel
     before: Cost
     after: Cost
     joint: Join | None = None
+    blocks: Blocks | None = None
+    spare: int = 0
 
     @property
     def ends(self) -> tuple[Node, Node]:
@@ -109,11 +115,13 @@ def ends_of(elements: Sequence[Element]) -> tuple[Node, Node]:
 
 def site_numbers(site: Site, evidence: Evidence) -> Affine:
     """The merged form of a site in float64."""
+    if site.blocks is not None:
+        return site.blocks.forms()[0]
     runs = runs_of(site.elements)
     folded: Affine | None = None
     for run, (place, _) in zip(runs, run_geometries(evidence, site.elements, runs), strict=True):
         form = fold_numbers(run.elements, place)
-        if len(runs) > 1 and form.geometry.spatial != site.geometry.spatial:
+        if not covers_map(site.elements) and form.geometry.spatial != site.geometry.spatial:
             form = lift(form, site.geometry.spatial)
         folded = form if folded is None else join(form, folded)
     assert folded is not None

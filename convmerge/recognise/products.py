@@ -219,8 +219,12 @@ class _Form:
             channels, len(self.gives), blocks if in_row else 1, spatial, bias=bool(self.added)
         )
         return Filter(
-            self.source, self.axis, geometry, lambda: self._numbers(geometry), "linear", self.calls[:-1]
+            self.source, self.axis, geometry, lambda: self._numbers(geometry), self._words(), self.calls[:-1]
         )
+
+    def _words(self) -> str:
+        op = self.context.evidence.calls[self.product.node].op
+        return f"{op} of {len(self.reads)} blocks" if len(self.reads) > 1 else op
 
     def _numbers(self, geometry: Geometry) -> Affine:
         parts = self.product.notation.parts
