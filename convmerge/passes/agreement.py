@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence, live_calls
+from convmerge.capture import Evidence, is_tensor, live_calls
 from convmerge.constants import Constants
 from convmerge.errors import Refusal
 from convmerge.regions import CHECKS
@@ -28,6 +28,18 @@ def agreement(
     return _Matching(left, left_constants, right, right_constants).run()
 
 
+def resolutions(evidence: Evidence) -> dict[Node, float]:
+    """Value → the largest rounding unit (``eps``) of the floating-point numbers that it is computed from."""
+    found: dict[Node, float] = {}
+    for node in evidence.graph.nodes:
+        eps = [found[source] for source in node.all_input_nodes if source in found]
+        if is_tensor(node) and evidence.dtype(node).is_floating_point:
+            eps.append(torch.finfo(evidence.dtype(node)).eps)
+        if eps:
+            found[node] = max(eps)
+    return found
+
+
 class _Matching:
     def __init__(
         self, left: Evidence, left_constants: Constants, right: Evidence, right_constants: Constants
@@ -36,6 +48,7 @@ class _Matching:
         self._data: dict[Node, Node] = {}
         self._back: dict[Node, Node] = {}
         self._constants: dict[Node, Node] = {}
+        self._resolutions = resolutions(right)
 
     def run(self) -> dict[Node, Node]:
         calls = [_data_calls(*side) for side in self._sides]
@@ -77,7 +90,7 @@ class _Matching:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             same = type(x) is type(y) and bool(x == y)
         else:
-            same = _close(x, y, _resolution(left, a))
+            same = left.dtype(a) == right.dtype(b) and _close(x, y, self._resolutions.get(b, 0.0))
         if not same:
             raise Refusal("a trace of the model computes other values from them than the model does")
 
@@ -92,11 +105,6 @@ def _data_calls(evidence: Evidence, constants: Constants) -> list[Node]:
 
 def _same_weight(a: tuple[str, Tensor], b: tuple[str, Tensor]) -> bool:
     return a[1].shape == b[1].shape and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1])
-
-
-def _resolution(evidence: Evidence, node: Node) -> float:
-    dtype = evidence.dtype(node)
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _close(x: Tensor, y: Tensor, eps: float) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
@@ -18,8 +19,9 @@ from convmerge.inputs import Inputs
 from convmerge.inputs.bound import Filled, bind_inputs
 from convmerge.inputs.values import describe
 from convmerge.passes import Pass, Prepared
-from convmerge.passes.agreement import agreement
+from convmerge.passes.agreement import agreement, resolutions
 from convmerge.passes.specialise import Specialised, specialise
+from convmerge.regions import CHECKS
 from convmerge.report import SiteReport
 from convmerge.rewrite import stand_in
 from convmerge.verification.compare import compare
@@ -63,18 +65,19 @@ def _specialised(
 ) -> Specialised:
     """The model without its bound inputs. Raises Refusal.
 
-    A known tensor that the code repeats for every sample is first left as it is: its readers mostly broadcast
-    it, and what is computed from it need not be computed again. Other batch sizes tell whether they all do.
+    A known tensor that the code repeats for every sample is first taken for one sample alone: its readers
+    mostly broadcast it, and what is computed from it need not be computed again. Other batch sizes tell
+    whether they all do.
     """
-    for repeats in (False, True):
-        made = specialise(copy_model(model).eval(), rest, values, repeats=repeats)
+    for assume in (True, False):
+        made = specialise(copy_model(model).eval(), rest, values, assume=assume)
         try:
             _settle(made, rest, evidence, constants)
         except (Refusal, ConvmergeError):
-            if repeats or not made.batch_of_one:
+            if not made.assumed:
                 raise
             continue
-        if repeats or not made.batch_of_one or compare(filled, made.module, rest).equal:
+        if not made.assumed or compare(filled, made.module, rest).equal:
             break
     stand_in(made.module, model)
     return made
@@ -87,12 +90,15 @@ def _settle(made: Specialised, rest: Inputs, evidence: Evidence, constants: Cons
     """
     own = capture(made.module, rest)
     pairs = agreement(own, Constants(own), evidence, constants)
+    coarsest = resolutions(evidence)
     for node, other in pairs.items():
         name = own.tensors[node][0] if node in own.tensors else ""
         if name in made.fixed:
             buffer = made.module.get_buffer(name)
             exact = constants.value(other)
-            if exact.shape == buffer.shape:
+            # Where the code itself computes in a coarser dtype, what it computes is the constant.
+            own_unit = torch.finfo(buffer.dtype).eps if buffer.is_floating_point() else 0.0
+            if exact.shape == buffer.shape and coarsest.get(other, 0.0) <= own_unit:
                 buffer.copy_(exact)
     constants.release()
 
@@ -104,7 +110,9 @@ def _site(
     computed = [n for n in _depending(evidence) if n in constants and n in evidence.calls]
     read = {n for n in evidence.tensors if n.users and all(user in set(computed) for user in n.users)}
     numbers = sum(made.module.get_buffer(name).numel() for name in made.fixed)
-    kinds = Counter(evidence.calls[n].op for n in computed)
+    kinds = Counter(
+        evidence.calls[n].op for n in computed if evidence.calls[n].op not in (*CHECKS, "getitem")
+    )
     plural = "s" if len(made.fixed) != 1 else ""
     return SiteReport(
         place=", ".join(values),

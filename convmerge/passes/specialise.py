@@ -20,10 +20,12 @@ from torch.fx.node import Argument
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
 
-from convmerge.capture import quiet
 from convmerge.errors import Refusal
 from convmerge.inputs import Inputs
+from convmerge.inputs.values import model_device, model_dtype
 from convmerge.lower import check_hooks
+from convmerge.passes.assume import Examples, run_assuming
+from convmerge.tracing import quiet
 
 KNOWN = "fixed_{}"
 
@@ -36,33 +38,34 @@ class Specialised:
         module: the traced module.
         fixed: names of its buffers that hold what was computed.
         closed: path of a module that takes known tensors, but whose own code cannot be traced → why.
-        batch_of_one: whether a known tensor that the code repeats for every sample was left as it is,
-            trusting that its readers broadcast it.
+        assumed: whether calls that fit known tensors to the other inputs were run for one sample in the
+            model's dtype, trusting that their readers broadcast.
     """
 
     module: fx.GraphModule
     fixed: tuple[str, ...]
     closed: dict[str, str]
-    batch_of_one: bool
+    assumed: bool
 
 
-def specialise(root: nn.Module, inputs: Inputs, values: Mapping[str, Any], *, repeats: bool) -> Specialised:
+def specialise(root: nn.Module, inputs: Inputs, values: Mapping[str, Any], *, assume: bool) -> Specialised:
     """Trace ``root`` with ``values`` known.
 
     Args:
         root: a copy in eval mode, which tracing may leave marks on.
         inputs: examples of the arguments that stay. Arguments that are in neither keep their default.
         values: name → known argument.
-        repeats: keep the calls that repeat a known tensor for every sample of the batch.
+        assume: run calls that take the batch size or the dtype of other inputs alone for one sample, in the
+            model's dtype.
 
     Raises:
         Refusal: the code of the root cannot be traced.
     """
-    tracer = _Specialiser(inputs, values, repeats)
+    tracer = _Specialiser(inputs, values, _like(root) if assume else None)
     name = type(root).__name__
     check_hooks(root, "")
     try:
-        with quiet(), torch.no_grad(), _expanding(tracer):
+        with quiet(), torch.no_grad(), _proxies_as_tensors(tracer):
             graph = tracer.trace(root)
     except Refusal:
         raise
@@ -71,20 +74,20 @@ def specialise(root: nn.Module, inputs: Inputs, values: Mapping[str, Any], *, re
     graph.lint()
     module = fx.GraphModule(root, graph, class_name=name)
     module.graph._tracer_cls = module._tracer_cls = fx.Tracer  # ours would make the file need convmerge
-    return Specialised(module.eval(), tuple(tracer.fixed), tracer.closed, tracer.batch_of_one)
+    return Specialised(module.eval(), tuple(tracer.fixed), tracer.closed, tracer.assumed)
 
 
 class _Specialiser(fx.Tracer):
-    def __init__(self, inputs: Inputs, values: Mapping[str, Any], repeats: bool) -> None:
+    def __init__(self, inputs: Inputs, values: Mapping[str, Any], like: Tensor | None) -> None:
         super().__init__()
         self._inputs = inputs
         self._values = values
-        self._repeats = repeats
+        self._like = like
         self._names: dict[int, str] = {}
         self._alive: list[Tensor] = []  # so that no id is given twice
         self.fixed: list[str] = []
         self.closed: dict[str, str] = {}
-        self.batch_of_one = False
+        self.assumed = False
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -93,6 +96,7 @@ class _Specialiser(fx.Tracer):
         assert isinstance(self.root, nn.Module)
         named = (*self.root.named_parameters(), *self.root.named_buffers())
         self._names = {id(tensor): name for name, tensor in named}
+        self._examples = Examples(self.root)
         whole = inspect.signature(self.root.forward)
         arguments = dict(self._values) | self._proxies(whole)
         ordered = {name: arguments[name] for name in whole.parameters if name in arguments}
@@ -110,17 +114,32 @@ class _Specialiser(fx.Tracer):
             ):
                 raise ValueError("it takes any number of arguments")
             proxy = self.create_proxy("placeholder", name, (), {})
+            self._examples.note(proxy.node, example)
             tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example))
             found[name] = proxy if tensors else self._asserted(name, proxy, example)
         return found
 
     def _asserted(self, name: str, proxy: Proxy, example: Any) -> Any:
         """A plain argument, on which code may branch: the trace holds for this value of it alone."""
-        same = operator.is_ if example is None else operator.eq
-        test = self.create_proxy("call_function", same, (proxy, example), {})
+        test = self.create_proxy("call_function", operator.eq, (proxy, example), {})
         message = f"{name} was {example!r} when this model was made, and must be"
         self.create_proxy("call_function", torch._assert, (test, message), {})
         return example
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Where code branches on shapes or types, the trace holds for the example's, and asserts it."""
+        try:
+            value = bool(self._examples.plain(obj.node))
+        except ValueError:
+            return super().to_bool(obj)
+        test = self.create_proxy("call_function", operator.ne if value else operator.eq, (obj, False), {})
+        message = "this model was made for inputs of other sizes or types"
+        self.create_proxy("call_function", torch._assert, (test, message), {})
+        return value
+
+    def is_tensor(self, value: Proxy) -> bool:
+        """Whether a proxy stands for a tensor."""
+        return isinstance(self._examples.value(value.node), Tensor)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters are known tensors too."""
@@ -145,7 +164,7 @@ class _Specialiser(fx.Tracer):
 
     def create_arg(self, a: Any) -> Argument:
         """A known tensor that meets others is an attribute of the root; a new one becomes a buffer."""
-        if not isinstance(a, Tensor) or isinstance(a, Proxy):
+        if not isinstance(a, Tensor):
             return super().create_arg(a)
         assert isinstance(self.root, nn.Module)
         if id(a) not in self._names:
@@ -160,49 +179,24 @@ class _Specialiser(fx.Tracer):
         return self.create_node("get_attr", self._names[id(a)], (), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
-        """Record a call, except one that repeats a known tensor of one sample for all of the batch."""
-        if kind == "call_method" and not self._repeats and (one := _one_sample(target, args)) is not None:
-            self.batch_of_one = True
-            return one
+        """Record a call, unless all it takes from proxies can be assumed: then run it."""
+        if self._like is not None and kind in ("call_function", "call_method"):
+            try:
+                done = run_assuming(kind, target, args, kwargs, self._like)
+            except (
+                Exception
+            ):  # the code may be fit for another batch size than one alone: then it is recorded
+                done = None
+            if done is not None:
+                self.assumed = True
+                return done
         return super().create_proxy(kind, target, args, kwargs, *more, **others)
 
 
-def _one_sample(method: str, args: tuple[Any, ...]) -> Tensor | None:
-    """The known tensor in ``known.expand(n, -1, …)`` or ``known.repeat(n, 1, …)``, n being the batch size."""
-    if method not in ("expand", "repeat") or not isinstance(args[0], Tensor):
-        return None
-    value = args[0]
-    sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
-    if not sizes or not _is_batch_size(sizes[0]):
-        return None
-    if value.dim() == 0 and len(sizes) == 1:
-        return value.reshape(1)
-    if value.dim() != len(sizes) or value.shape[0] != 1:
-        return None
-    same = [
-        s == 1 if method == "repeat" else s in (-1, n)
-        for s, n in zip(sizes[1:], value.shape[1:], strict=True)
-    ]
-    return value if all(s is True for s in same) else None
-
-
-def _is_batch_size(size: Any) -> bool:
-    """Whether a proxy is ``x.shape[0]``, ``x.size(0)`` or ``x.size()[0]``."""
-    if not isinstance(size, Proxy):
-        return False
-    node = size.node
-    if node.target == "size":
-        return node.args[1:] == (0,)
-    if node.target is not operator.getitem or node.args[1] != 0 or not isinstance(node.args[0], fx.Node):
-        return False
-    whole = node.args[0]
-    return whole.target == "size" or (whole.target is getattr and whole.args[1:] == ("shape",))
-
-
 @contextmanager
-def _expanding(tracer: _Specialiser) -> Iterator[None]:
-    """``Tensor.expand`` alone does not ask its arguments for ``__torch_function__``: do it for it."""
-    plain = torch.Tensor.expand
+def _proxies_as_tensors(tracer: _Specialiser) -> Iterator[None]:
+    """Let proxies into what does not ask for ``__torch_function__``: ``expand`` and ``torch.is_tensor``."""
+    plain, is_tensor = torch.Tensor.expand, torch.is_tensor
 
     def expand(self: Tensor, *sizes: Any, **kwargs: Any) -> Any:
         if any(isinstance(size, Proxy) for size in pytree.tree_leaves(sizes)):
@@ -210,10 +204,17 @@ def _expanding(tracer: _Specialiser) -> Iterator[None]:
         return plain(self, *sizes, **kwargs)
 
     torch.Tensor.expand = expand  # type: ignore[assignment,method-assign]
+    torch.is_tensor = lambda value: tracer.is_tensor(value) if isinstance(value, Proxy) else is_tensor(value)  # type: ignore[assignment]
     try:
         yield
     finally:
         del torch.Tensor.expand
+        torch.is_tensor = is_tensor
+
+
+def _like(root: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device of a model."""
+    return torch.empty(0, dtype=model_dtype(root), device=model_device(root))
 
 
 def _first_line(error: Exception) -> str:
