@@ -177,9 +177,10 @@ def protect(alignment: Alignment, owners: Owners) -> None:
 def _check_groups(owners: Owners, step: Lanes | Mix) -> None:
     """A grouped layer must say in an attribute how many groups it has."""
     groups = step.call.args.get("groups", 1)
-    if groups == 1:
+    constants = [step.weight] if isinstance(step, Mix) else [slot.node for slot in step.slots]
+    if groups == 1 or not constants:
         return
-    node = step.weight if isinstance(step, Mix) else step.slots[0].node
+    node = constants[0]
     module = owners.model.get_submodule(owners.place(step.call, node).path)
     if getattr(module, "groups", None) != groups:
         raise Refusal("its code does not say where the number of groups comes from")

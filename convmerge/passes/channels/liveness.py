@@ -223,9 +223,13 @@ class Liveness:
 
     def _settle(self) -> None:
         """Keep what equal parts and layers that must not become empty need."""
+        self._even_out_all()
         for channels in self.alignment.channels.values():
             if len(channels.ids) and not self.kept(channels.ids).any():
                 self.keep(channels.ids[:1], ONE_STAYS)
+        self._even_out_all()
+
+    def _even_out_all(self) -> None:
         changed = True
         while changed:
             changed = any([self._even_out(parts) for parts in self.alignment.parts])

@@ -43,6 +43,8 @@ JUMPS = frozenset(
 
 def along(alignment: Alignment, call: Call) -> Step | None:
     """What a call on data does along channels; None where there is no rule. Raises Refusal."""
+    if any(0 in alignment.size(n) for n in (*alignment.data(call), call.node) if is_tensor(n)):
+        raise Refusal("a value without elements")
     rule = RULES.get(call.op)
     if rule is not None:
         return rule(alignment, call)

@@ -50,6 +50,9 @@ def _whole(live: Liveness, mix: Mix) -> bool:
 
 
 def _shrink_slots(live: Liveness, owners: Owners, step: Lanes, edits: Edits) -> None:
+    if step.call.op == "instance_norm":  # it warns of another number, even where it has no parameters
+        kept = live.kept(live.alignment.channels[step.call.node].ids)
+        edits.attributes[step.call.path, "num_features"] = int(kept.sum())
     for slot in step.slots:
         kept = live.kept(slot.ids)
         if kept.all():
