@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from convmerge.affine import Affine, Dims, Geometry
 from convmerge.algebra import compose_geometry
 from convmerge.algebra.axis import Axis, axes, from_axes, words
-from convmerge.algebra.ends import Ends, Piece, chain_ends
+from convmerge.algebra.ends import Ends, Offset, Piece, chain_ends
 from convmerge.algebra.polyphase import polyphase_axis, polyphase_geometry
 from convmerge.errors import Refusal
 
@@ -121,20 +121,24 @@ def bordered(stages: tuple[Geometry, ...]) -> Bordered:
         Refusal: the rates do not compose or cannot be interleaved, or see ``chain_ends``.
         ValueError: the forms do not fit together.
     """
-    if any(stage.ones for stage in stages):
-        raise Refusal("a bias that fades at the borders has no border classes")
-    whole = reduce(lambda inner, outer: compose_geometry(outer, inner), stages)
+    whole = composition(stages)
     if not 1 <= whole.spatial <= 3:
         raise Refusal(f"torch.nn has no convolution of {whole.spatial} dimensions")
     low = polyphase_geometry(whole, (0,) * whole.spatial)
     crop = tuple(polyphase_axis(axis, 0).crop for axis in axes(whole))
-    biased = tuple(stage.bias for stage in stages)
+    offsets = tuple(Offset(stage.bias, stage.ones) for stage in stages)
     sides = []
     for chain, axis in zip(zip(*map(axes, stages), strict=True), axes(low), strict=True):
-        ends = chain_ends(tuple(chain), biased)
+        ends = chain_ends(tuple(chain), offsets)
         lo, hi = axis.lo - axis.down * len(ends.first), axis.hi - axis.down * len(ends.last)
         sides.append(Side(ends, axis._replace(lo=lo, hi=hi)))
     return Bordered(stages, whole, low, crop, tuple(sides))
+
+
+def composition(stages: Sequence[Geometry]) -> Geometry:
+    """The stages as one form, as it is where no border is near: what fades is a bias like any other there."""
+    plain = [replace(stage, bias=stage.bias or stage.ones, ones=False) for stage in stages]
+    return reduce(lambda inner, outer: compose_geometry(outer, inner), plain)
 
 
 def class_form(b: Bordered, forms: Sequence[Affine], key: Key, residue: Sequence[int]) -> Affine:
@@ -143,12 +147,7 @@ def class_form(b: Bordered, forms: Sequence[Affine], key: Key, residue: Sequence
     Args:
         forms: the stages with their numbers.
         residue: per dimension the input size modulo its residues, which the last blocks may depend on.
-
-    Raises:
-        Refusal: a stage has a bias that depends on the position.
     """
-    if any(form.bias is not None and form.bias.dim() > 1 for form in forms):
-        raise Refusal("a bias that depends on the position has no border classes")
     size = [_canvas(side, r) for side, r in zip(b.sides, residue, strict=True)]
     blocks = b.low.out_size(size)
     at = [_block_of(side, k, n) for side, k, n in zip(b.sides, key, blocks, strict=True)]

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import compose_geometry
 from convmerge.algebra.axis import words
-from convmerge.borderclasses import Bordered, bordered
+from convmerge.borderclasses import Bordered, bordered, composition
 from convmerge.cost import Cost, CostModel
 from convmerge.errors import Refusal
 from convmerge.fold import Place, after, geometry_of, numbers_of
@@ -53,10 +52,7 @@ def border_option(
         Refusal: they are not exact, not for maps as small as these, or hopeless for what follows too.
     """
     stages = border_stages(elements, place)
-    whole = stages[0]
-    for stage in stages[1:]:
-        whole = compose_geometry(stage, whole)
-    macs = place.batch * whole.macs(place.size)
+    macs = place.batch * composition(stages).macs(place.size)
     if macs > HOPELESS * max(before.macs, 1):
         raise Refusal(f"{macs / max(before.macs, 1):.0f}× the MACs as one operator")
     if macs > before.macs or place.axis > 1:

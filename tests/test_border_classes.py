@@ -20,8 +20,10 @@ from torch.export import Dim
 
 import convmerge
 from convmerge.affine import Affine
+from convmerge.algebra import compose
 from convmerge.algebra.axis import POINT, Axis, from_axes
 from convmerge.borderclasses import Bordered, bordered
+from convmerge.borders import join
 from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
 from convmerge.report import Report, SiteReport
@@ -165,6 +167,30 @@ def test_rates_go_up_in_any_dimension(kernels: list[list[Axis]]) -> None:
         assert torch.equal(y, run(chain, x)), size
         assert y.is_contiguous()
         assert torch.equal(merged(x[0]), y[0])
+
+
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_biases_that_depend_on_the_position(spatial: int) -> None:
+    """A bias that fades in padding, and one for every phase of an upsampling."""
+    draw = Draw(9, spatial)
+    fading = join(draw.form(4, 3, [SAME] * spatial), biased(draw, 2, 4, POINT))
+    phased = compose(draw.form(4, 2, [RAGGED] * spatial), biased(draw, 3, 4, POINT))
+    assert fading.ones is not None and phased.bias is not None and phased.bias.dim() == 1 + spatial
+    for chain in (
+        [fading, draw.form(3, 5, [SAME] * spatial)],
+        [biased(draw, 4, 2, SAME), fading, draw.form(3, 2, [STRIDED] * spatial)],
+        [phased, draw.form(2, 3, [SAME] * spatial)],
+        [biased(draw, 2, 3, SAME), phased, draw.form(2, 1, [STRIDED] * spatial)],
+    ):
+        b = bordered(tuple(form.geometry for form in chain))
+        merged = build_bordered(b, chain, torch.float64)
+        for size in sizes(draw, b):
+            x = draw.input(chain[0].geometry.in_channels, size)
+            assert torch.equal(merged(x), run(chain, x)), size
+
+
+def biased(draw: Draw, into: int, out: int, axis: Axis) -> Affine:
+    return draw.form(into, out, [axis] * draw.spatial).with_bias(draw.integers(out, zero=False))
 
 
 def test_each_dimension_by_itself() -> None:

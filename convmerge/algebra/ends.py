@@ -13,6 +13,7 @@ as many residue classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,6 +35,18 @@ class Piece(NamedTuple):
     def length(self) -> int:
         """Number of inputs."""
         return self.stop - self.start
+
+
+class Offset(NamedTuple):
+    """What an axis adds to its taps.
+
+    Attributes:
+        bias: a bias, the same at all positions of a phase.
+        fades: one that depends on which taps are inside the map (the kernel over a channel of ones).
+    """
+
+    bias: bool = False
+    fades: bool = False
 
 
 class Ends(NamedTuple):
@@ -59,14 +72,14 @@ class Ends(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def chain_ends(chain: tuple[Axis, ...], biased: tuple[bool, ...]) -> Ends:
-    """The ends of a chain of axes, the first of which runs first; ``biased`` says which add a bias.
+def chain_ends(chain: tuple[Axis, ...], offsets: tuple[Offset, ...]) -> Ends:
+    """The ends of a chain of axes, the first of which runs first; ``offsets`` is what each of them adds.
 
     Raises:
         Refusal: the rates do not compose; or too many border blocks, or residue classes of input sizes.
     """
     whole = compose_chain(chain)
-    trees = _Trees(chain, biased, whole)
+    trees = _Trees(chain, offsets, whole)
     reach = whole.dilation * (whole.kernel - 1) + max(whole.lo, 0) + max(whole.hi, 0)
     longest = 2 * (reach // whole.up + 1) + (BLOCKS + 2) * whole.down
     large = range(longest, longest + whole.down)
@@ -108,11 +121,11 @@ Trees = tuple[tuple[int, ...], ...]  # by block and output: the number of its tr
 class _Trees:
     """Numbers for the computation trees of one chain; equal trees have equal numbers at all input sizes."""
 
-    def __init__(self, chain: Sequence[Axis], biased: Sequence[bool], whole: Axis) -> None:
+    def __init__(self, chain: Sequence[Axis], offsets: Sequence[Offset], whole: Axis) -> None:
         self._chain = chain
-        self._biased = biased
+        self._offsets = offsets
         self._period = whole.up
-        self._numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._numbers: dict[tuple[int, tuple[int, ...], tuple[bool, ...]], int] = {}
         self._known: dict[int, tuple[Trees, Trees] | None] = {}
 
     def differing(self, size: int) -> tuple[int, int] | None:
@@ -188,9 +201,14 @@ class _Trees:
             if cut and k < len(self._chain) and not 0 <= m < maps[k]:
                 return 0
             if (k, m) not in known:
-                below = tuple(0 if p is None else number(k - 1, p) for p in self._taps(k, m))
-                alive = any(below) or self._biased[k - 1]
-                known[k, m] = self._numbers.setdefault((k, below), len(self._numbers) + 2) if alive else 0
+                taps, offset = self._taps(k, m), self._offsets[k - 1]
+                below = tuple(0 if p is None else number(k - 1, p) for p in taps)
+                last = maps[k - 1] if cut else math.inf  # ones go on where nothing is cut off
+                first = 0 if cut else -math.inf
+                ones = tuple(p is not None and first <= p < last for p in taps) if offset.fades else ()
+                alive = any(below) or offset.bias or any(ones)
+                tree = (k, below, ones)
+                known[k, m] = self._numbers.setdefault(tree, len(self._numbers) + 2) if alive else 0
             return known[k, m]
 
         return number

@@ -37,7 +37,7 @@ def build_bordered(
     (C, *spatial), and raises an AssertionError for inputs below ``b.minimum``.
 
     Raises:
-        Refusal: see ``class_form``; or a weight is too large for ``dtype``.
+        Refusal: a weight is too large for ``dtype``.
     """
     root = nn.Module()
     style = {"device": device, "requires_grad": requires_grad, "memory_format": memory_format}

@@ -1,0 +1,179 @@
+"""Random regions: every stretch of operators is merged exactly or refused with a reason.
+
+Whether merging pays does not matter here. What can be merged is built in every way there is, and compared for
+equality with the operators themselves on maps of every size from the smallest that runs to seven more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from captured import regions_of
+from randomregions import RandomRegion, integer_input
+from torch import Tensor
+
+import convmerge
+from convmerge.borderclasses import bordered
+from convmerge.borderplan import border_numbers, border_stages
+from convmerge.cost import ZERO
+from convmerge.emit import build, emissions
+from convmerge.emit.bordered import build_bordered
+from convmerge.errors import Refusal
+from convmerge.fold import place_of
+from convmerge.lower import Frames, Run
+from convmerge.plan import Planner, Site, site_numbers
+from convmerge.plan.site import is_passage, is_same
+from convmerge.recognise import Context
+from convmerge.regions import Chain
+from convmerge.replay import Replay
+
+AHEAD = 8  # sizes from the smallest on
+LARGEST = 400_000  # numbers in a merged kernel: larger ones take too long to try
+
+
+def check(seed: int, spatial: int) -> Counter[str]:
+    """Merge every stretch of a random region in every way; counts what happened by kind or reason."""
+    model = RandomRegion(seed, spatial)
+    x = integer_input(model.channels, model.size, seed)
+    context, regions = regions_of(model, x)
+    outcomes: Counter[str] = Counter()
+    for chain in regions.chains:
+        for elements in stretches(chain):
+            try:
+                outcomes[merged(context, elements, seed)] += 1
+            except Refusal as refusal:
+                outcomes[re.sub(r"\d+(×\d+)*", "#", refusal.reason).split(" (")[0]] += 1
+            except AssertionError as error:
+                steps = [str(e.step.kind) for e in elements]  # type: ignore[union-attr]
+                raise AssertionError(
+                    f"{error}\nin {steps} of RandomRegion({seed}, {spatial}):\n{model}"
+                ) from error
+    for reason in regions.refused.values():
+        outcomes[f"one operator: {re.sub(r'[0-9]+', '#', reason)}"] += 1
+    return outcomes
+
+
+def stretches(chain: Chain) -> Iterator[Chain]:
+    """Every two or more elements in a row."""
+    solid = [i for i, element in enumerate(chain) if not is_same(element)]
+    for first, last in itertools.combinations(solid, 2):
+        yield chain[first : last + 1]
+
+
+def merged(context: Context, elements: Chain, seed: int) -> str:
+    """Merge a stretch, compare, and say how. Raises Refusal."""
+    evidence = context.evidence
+    place = place_of(evidence, elements)
+    if place is None:
+        raise Refusal("no operator says which axis the channels are on")
+    try:
+        site = Planner(Frames(evidence, context.constants)).maker.site(elements, place, ZERO)
+        form = site_numbers(dataclasses.replace(site, blocks=None), evidence)
+        layers = [build(form, way, torch.float64) for way in emissions(form.geometry)]
+        how, smallest = "one form", (1,) * form.geometry.spatial
+    except Refusal:
+        if any(map(is_passage, elements)):
+            raise
+        b = bordered(border_stages(elements, place))
+        if b.whole.weights * len(b.keys) > LARGEST:
+            return "too large to try"
+        site = Site(elements, place, Run(elements), (), place, b.whole, b, ZERO, ZERO)
+        layers = [build_bordered(b, border_numbers(elements, place), torch.float64)]
+        how, smallest = "border classes", b.minimum
+    replay = Replay(site, evidence, context.constants)
+    generator = random.Random(seed)
+    compared = 0
+    for size in sizes(replay, place.channels, smallest, site.place.size, generator):
+        x = integer_input(place.channels, size, seed)
+        expected = runs(replay, x)
+        if expected is None:
+            continue
+        for layer in layers:
+            found = replay.merged(layer)(x)
+            assert found.shape == expected.shape, f"{found.shape} for {expected.shape} at {size}: {layer}"
+            assert torch.equal(found, expected), f"another result at {size}: {layer}"
+        compared += 1
+    assert compared > 0, "no size runs"
+    return how
+
+
+def sizes(
+    replay: Replay, channels: int, least: Sequence[int], example: Sequence[int], draw: random.Random
+) -> Iterator[tuple[int, ...]]:
+    """Every size of each dimension from the first that runs on, beside drawn ones of the others."""
+    smallest = list(least)
+    for dim, n in enumerate(example):
+        while smallest[dim] < n:
+            size = [smallest[d] if d == dim else m for d, m in enumerate(example)]
+            if runs(replay, torch.zeros(1, channels, *size, dtype=torch.float64)) is not None:
+                break
+            smallest[dim] += 1
+    for dim in range(len(example)):
+        for extra in range(AHEAD):
+            more = [draw.randrange(AHEAD) for _ in example]
+            more[dim] = extra
+            yield tuple(n + e for n, e in zip(smallest, more, strict=True))
+
+
+def runs(replay: Replay, x: Tensor) -> Tensor | None:
+    """The original on x; None where it is too small, or no multiple of a PixelUnshuffle's factor."""
+    try:
+        y = replay.original(x)
+    except (RuntimeError, ValueError):
+        return None
+    return y if y.numel() else None
+
+
+def fused(seed: int, spatial: int) -> Counter[str]:
+    """A region through the whole tool: the fused model is equal at every size from the example's on."""
+    model = RandomRegion(seed, spatial)
+    x = integer_input(model.channels, model.size, seed)
+    objective = ("latency", "macs", "params")[seed % 3]
+    with torch.no_grad():
+        result = convmerge.fuse(model, x, objective=objective)
+        for extra in range(AHEAD):
+            size = tuple(n + extra + dim for dim, n in enumerate(model.size))
+            inputs = integer_input(model.channels, size, seed)
+            try:
+                expected = model(inputs)
+            except RuntimeError:
+                continue
+            where = f"at {size}: convmerge.fuse(RandomRegion({seed}, {spatial}), ..., {objective!r})"
+            assert torch.equal(result.model(inputs), expected), where
+    assert all(site.reason for site in result.report.sites)
+    return Counter(site.action for site in result.report.sites)
+
+
+@pytest.mark.parametrize(("spatial", "regions"), [(1, 25), (2, 25), (3, 8)])
+def test_stretches_of_random_regions(spatial: int, regions: int) -> None:
+    outcomes = sum((check(seed, spatial) for seed in range(regions)), Counter[str]())
+    made = outcomes["one form"] + outcomes["border classes"]
+    assert made > 0.3 * outcomes.total(), outcomes
+
+
+@pytest.mark.parametrize(("spatial", "regions"), [(1, 6), (2, 6)])
+def test_random_regions_through_the_whole_tool(spatial: int, regions: int) -> None:
+    actions = sum((fused(seed, spatial) for seed in range(regions)), Counter[str]())
+    assert actions["merge"] > 0, actions
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(20))
+def test_many_random_regions(part: int) -> None:
+    """2,000 regions: 800 in one, 800 in two and 400 in three dimensions; ``-rP`` prints what happened."""
+    outcomes: Counter[str] = Counter()
+    for spatial, regions in ((1, 40), (2, 40), (3, 20)):
+        for seed in range(1000 + part * regions, 1000 + (part + 1) * regions):
+            outcomes += check(seed, spatial)
+            if seed % 4 == 0:
+                outcomes += Counter({f"fuse: {k}": n for k, n in fused(seed, spatial).items()})
+    for outcome, count in outcomes.most_common():
+        print(f"{count:6} {outcome}")
+    assert outcomes["border classes"] > 0
