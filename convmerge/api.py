@@ -9,22 +9,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from convmerge.benchmark import Benchmark, benchmark
 from convmerge.capture import capture, copy_model
-from convmerge.cost import Objective
+from convmerge.cost import CostModel, Objective, Roofline
 from convmerge.counts import count
 from convmerge.decide import Decider, Decisions
 from convmerge.errors import ConvmergeError
 from convmerge.inputs import Filled, Inputs, as_inputs, bind_inputs, takes
 from convmerge.io.check import check_module
 from convmerge.layers import Built, build, together
+from convmerge.measure import Measured
 from convmerge.passes import Pass, Prepared
 from convmerge.passes.bind import bind as bind_pass
 from convmerge.passes.fully_conv import fully_convolutional
 from convmerge.passes.silenced import remove_silenced
-from convmerge.report import Report, SiteReport, Verification
+from convmerge.report import Report, SiteReport, Verification, saving_of
 from convmerge.rewrite import Replacement, apply
 from convmerge.sites import describe_sites, describe_unknown
 from convmerge.verification.compare import compare
@@ -61,6 +63,7 @@ class _Options:
     bind: Mapping[str, Any] = field(default_factory=dict)
     fully_conv: bool = False
     average: bool = False
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if self.average and not self.fully_conv:
@@ -154,17 +157,33 @@ class _Run:
         with self.stage("plan"):
             scratch = copy_model(self.model).eval()
             o = self.options
-            decider = Decider(self.model, scratch, evidence, o.objective, tuple(o.only), tuple(o.skip))
+            chosen = (o.objective, tuple(o.only), tuple(o.skip))
+            decider = Decider(self.model, scratch, evidence, *chosen, self._cost_model())
             decisions = decider.decide(self.progress)
+        if isinstance(decider.cost_model, Measured) and decider.cost_model.exhausted:
+            self.warnings.append("the time for measuring ran out; the latency of other places is predicted")
         return decider, decisions
 
+    def _cost_model(self) -> CostModel:
+        if not self.options.measure:
+            return Roofline()
+        devices = {tensor.device.type for tensor in self.model.parameters()}
+        if devices - {"cpu"}:
+            raise ConvmergeError("only models on the CPU can be measured", "leave --measure out")
+        weights = [p for p in self.model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+        last = any(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        return Measured(memory_format=memory_format, progress=self.progress)
+
     def report(self, decider: Decider, decisions: Decisions, built: Sequence[Built], **more: Any) -> Report:
+        sites = (*self.sites, *describe_sites(decider, decisions, built))
         return Report(
             command=self.command,
             model=type(self.model).__name__,
             inputs=self.inputs.describe(),
             inputs_inferred=self.inputs.inferred,
-            sites=(*self.sites, *describe_sites(decider, decisions, built)),
+            sites=sites,
+            saving=saving_of(sites),
             unknown=describe_unknown(decisions.regions),
             warnings=tuple(self.warnings),
             seconds=self.seconds,
@@ -183,6 +202,7 @@ def fuse(
     bind: Mapping[str, Any] | None = None,
     fully_conv: bool = False,
     average: bool = False,
+    measure: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Merge what can be merged exactly and pays, and verify the result.
@@ -193,7 +213,8 @@ def fuse(
             Inputs. Not changed.
         only, skip: globs on module paths; a site is merged if one of its operators matches ``only`` and none
             matches ``skip``.
-        objective: what to minimise: ``latency`` (predicted), ``macs`` or ``params``; ties go to latency.
+        objective: what to minimise: ``latency`` (predicted or measured), ``macs`` or ``params``; ties go to
+            latency.
         seed: for the random inputs of the verification.
         bind: name of an input → the value (a tensor, number, flag or nest of them) that it has in every call.
             The copy does not take it any more; example inputs may have it or not.
@@ -201,6 +222,8 @@ def fuse(
             larger inputs too: its output (N, F) becomes (N, F, *positions), that of the original for every
             window of the map, one at the size of the example inputs.
         average: with ``fully_conv``, outputs stay (N, F): the mean over the windows.
+        measure: time operators and the ways to merge them on this machine (in eager mode, on the CPU, with
+            random numbers), and plan by that instead of by predicted latency.
         progress: called as (stage, done, total).
 
     Returns a copy with fresh torch.nn layers at the merged places; its dtype and device are the model's.
@@ -212,7 +235,7 @@ def fuse(
             or its head cannot become fully convolutional.
         ValueError: an unknown objective.
     """
-    options = _Options(only, skip, objective, seed, bind or {}, fully_conv, average)
+    options = _Options(only, skip, objective, seed, bind or {}, fully_conv, average, measure)
     run = _Run(model, as_inputs(example_inputs), "fuse", options, progress or _silent)
     run.prepare()
     decider, decisions = run.decide()
@@ -287,10 +310,11 @@ def inspect(
     bind: Mapping[str, Any] | None = None,
     fully_conv: bool = False,
     average: bool = False,
+    measure: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
-    options = _Options(only, skip, objective, 0, bind or {}, fully_conv, average)
+    options = _Options(only, skip, objective, 0, bind or {}, fully_conv, average, measure)
     return _planned("inspect", model, example_inputs, options, progress)
 
 
@@ -302,10 +326,11 @@ def check(
     skip: Sequence[str] = (),
     objective: Objective = "latency",
     bind: Mapping[str, Any] | None = None,
+    measure: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """As :func:`inspect`; ``report.merged()`` is empty when no profitable merge is left."""
-    options = _Options(only, skip, objective, bind=bind or {})
+    options = _Options(only, skip, objective, bind=bind or {}, measure=measure)
     return _planned("check", model, example_inputs, options, progress)
 
 

@@ -114,6 +114,9 @@ class Choice:
         list[str] | None, Option(metavar="GLOB", help="Leave sites whose place matches. Repeatable.")
     ] = None
     objective: Annotated[Objective, Option(help="What a merge has to reduce.")] = Objective.latency
+    measure: Annotated[
+        bool, Option("--measure", help="Time the alternatives on this machine instead of predicting them.")
+    ] = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the Python API."""
@@ -121,6 +124,7 @@ class Choice:
             "only": tuple(self.only or ()),
             "skip": tuple(self.skip or ()),
             "objective": self.objective.value,
+            "measure": self.measure,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ class SiteReport:
         reason: why, in words; for a merge what it becomes.
         macs_before, macs_after: multiply-accumulates for one sample at the example inputs' size.
         weights_before, weights_after: number of weights and biases.
-        latency_before, latency_after: predicted by the cost model, in seconds.
+        latency_before, latency_after: in seconds, predicted by the cost model or measured.
+        measured: whether both were measured.
         evidence: ``static`` if proved by a trace of the enclosing code, ``observed`` if seen on the example
             inputs' path only, empty where nothing is merged.
         tree: one line per branch, indented, for sums of branches; empty otherwise.
@@ -41,6 +43,7 @@ class SiteReport:
     weights_after: int = 0
     latency_before: float = 0.0
     latency_after: float = 0.0
+    measured: bool = False
     evidence: Literal["static", "observed", ""] = ""
     tree: tuple[str, ...] = ()
     error: float | None = None
@@ -57,6 +60,24 @@ class Counts:
     operators: dict[str, int]
     macs: int
     parameters: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Latency of the merged places before and after, in seconds, and whether all of it was measured."""
+
+    latency_before: float
+    latency_after: float
+    measured: bool
+
+
+def saving_of(sites: Iterable[SiteReport]) -> Saving | None:
+    """The sum over the sites that merge; None where none of them has a latency."""
+    known = [site for site in sites if site.action == "merge" and site.latency_before]
+    if not known:
+        return None
+    before, after = sum(s.latency_before for s in known), sum(s.latency_after for s in known)
+    return Saving(before, after, all(s.measured for s in known))
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,7 @@ class Report:
         sites: in execution order.
         unknown: operator name → number of calls that convmerge has no rule for (nonlinear ones included).
         warnings: things the user should know, a sentence each (train mode, observed sites, dropped sites).
+        saving: latency of the merged places before and after.
         before, after: figures of the model; for inspect ``after`` is predicted.
         verification: of the whole model; None if nothing was merged or nothing was run.
         speedup: of the second model over the first, for bench.
@@ -135,6 +157,7 @@ class Report:
     sites: tuple[SiteReport, ...] = ()
     unknown: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    saving: Saving | None = None
     before: Counts | None = None
     after: Counts | None = None
     verification: Verification | None = None

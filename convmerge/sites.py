@@ -93,7 +93,8 @@ def _comparison(before: Cost, after: Cost) -> str:
         return f"{_ratio(after.macs, before.macs)} the MACs"
     if after.weights > before.weights and after.latency <= before.latency:
         return f"{_ratio(after.weights, before.weights)} the weights"
-    return f"{_ratio(after.latency, before.latency)} the predicted time"
+    word = "measured" if before.measured and after.measured else "predicted"
+    return f"{_ratio(after.latency, before.latency)} the {word} time"
 
 
 def _ratio(after: float, before: float) -> str:
@@ -108,6 +109,7 @@ def _figures(before: Cost, after: Cost) -> dict[str, Any]:
         "weights_after": after.weights,
         "latency_before": before.latency,
         "latency_after": after.latency,
+        "measured": before.measured and after.measured,
     }
 
 

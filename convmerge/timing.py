@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 Run = Callable[[], object]
 Timer = Callable[[Sequence[Run]], list[float]]  # seconds of a call of each
 
 
 class Stopwatch:
-    """Times calls in turn, each round beside a reference, so that whatever else the machine does meets both.
+    """Times calls in turn, round after round, so that whatever else the machine does meets all of them.
 
-    The time of a call is the median, over ``rounds``, of its ratio to the reference in the same round, times
-    the best time the reference ever took. A round repeats short calls for ``burst`` seconds.
+    Other work only ever adds time. So a round repeats every call for ``burst`` seconds and keeps the best
+    time, and rounds go on until the two best of every call agree within ``agreement``: at least ``least``
+    and at most ``most`` of them.
     """
 
     def __init__(
-        self, *, rounds: int = 7, burst: float = 2e-3, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        least: int = 5,
+        most: int = 50,
+        burst: float = 2e-3,
+        agreement: float = 0.03,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._rounds = rounds
+        self._least, self._most = least, most
         self._burst = burst
+        self._agreement = agreement
         self._clock = clock
-        self._best = math.inf
-        layer, x = nn.Conv2d(32, 32, 3, padding=1), torch.zeros(1, 32, 32, 32)
-        self._reference: Run = lambda: layer(x)
 
     def __call__(self, runs: Sequence[Run]) -> list[float]:
-        """Seconds of one call of each."""
-        every = [self._reference, *runs]
+        """Seconds of one call of each: the best of all rounds."""
+        rounds: list[list[float]] = []
         with torch.inference_mode():
-            for run in every:
+            for run in runs:
                 run()  # what a first call sets up is not what it takes
-            counts = [max(1, int(self._burst / max(self._per_call(run, 1), 1e-9))) for run in every]
-            rounds = [
-                [self._per_call(run, count) for run, count in zip(every, counts, strict=True)]
-                for _ in range(self._rounds)
-            ]
-        self._best = min(self._best, *(times[0] for times in rounds))
-        ratios = zip(*([time / times[0] for time in times[1:]] for times in rounds), strict=True)
-        return [statistics.median(ratio) * self._best for ratio in ratios]
+            while len(rounds) < self._least or (len(rounds) < self._most and not self._agree(rounds)):
+                rounds.append([self._best_of_burst(run) for run in runs])
+        return [min(times) for times in zip(*rounds, strict=True)]
 
-    def _per_call(self, run: Run, count: int) -> float:
-        start = self._clock()
-        for _ in range(count):
+    def _agree(self, rounds: Sequence[Sequence[float]]) -> bool:
+        best = (sorted(times)[:2] for times in zip(*rounds, strict=True))
+        return all(second <= first * (1 + self._agreement) for first, second in best)
+
+    def _best_of_burst(self, run: Run) -> float:
+        best = math.inf
+        end = self._clock() + self._burst
+        while (start := self._clock()) < end or best == math.inf:
             run()
-        return (self._clock() - start) / count
+            best = min(best, self._clock() - start)
+        return best

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from convmerge.render.figures import arrow, compact, difference, error, percent, seconds
+from convmerge.render.figures import arrow, compact, difference, error, percent, seconds, speed
 from convmerge.render.sites import STYLES, site_parts
 from convmerge.render.view import View, by_count, inset, natural_width, new_table, plural
-from convmerge.report import Comparison, Counts, Report, SiteReport, Verification
+from convmerge.report import Comparison, Counts, Report, Saving, SiteReport, Verification
 from convmerge.terminal import one_line
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def inspect_parts(report: Report, view: View, next_command: str) -> list[Rendera
     if report.before:
         parts.append(view.text(_figures_of(report.before)))
     if report.merged():
-        parts.append(view.text(_merge_totals(report.merged())))
+        parts.append(view.text(_merge_totals(report)))
     parts += _times(report, view)
     if report.merged():
         parts.append(_command("next", next_command, view))
@@ -70,6 +70,8 @@ def fuse_parts(report: Report, view: View, outcome: str) -> list[RenderableType]
         columns = ("before", "after", "change")
         parts += ["", _before_after(report, report.before, report.after, columns, view)]
     parts.append("")
+    if gain := _gain(report.saving, "merged places: "):
+        parts.append(view.text(gain))
     if report.verification:
         parts += _verification(report.verification, view)
     parts += _times(report, view)
@@ -179,10 +181,20 @@ def _figures_of(counts: Counts) -> str:
     return f"model: {calls}, {compact(counts.macs)} MACs, {compact(counts.parameters)} parameters"
 
 
-def _merge_totals(merges: Sequence[SiteReport]) -> str:
+def _merge_totals(report: Report) -> str:
+    merges = report.merged()
     macs = arrow(sum(site.macs_before for site in merges), sum(site.macs_after for site in merges))
     weights = arrow(sum(site.weights_before for site in merges), sum(site.weights_after for site in merges))
-    return f"merges: MACs {macs}, weights {weights}"
+    return f"merges: MACs {macs}, weights {weights}{_gain(report.saving, ', time ')}"
+
+
+def _gain(saving: Saving | None, lead: str) -> str:
+    """``time 2.9 ms → 520 µs (5.58× faster, predicted)`` after ``lead``; empty for no difference."""
+    if saving is None:
+        return ""
+    gain = speed(saving.latency_before, saving.latency_after, measured=saving.measured)
+    times = f"{seconds(saving.latency_before)} → {seconds(saving.latency_after)}"
+    return f"{lead}{times} ({gain})" if gain else ""
 
 
 def _verdict(sites: Sequence[SiteReport]) -> str:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from convmerge.render.figures import arrow, error, seconds
+from convmerge.render.figures import arrow, error, speed
 from convmerge.render.view import View, inset, natural_width, new_table
 from convmerge.report import SiteReport
 
@@ -141,12 +141,12 @@ def _figure(before: int, after: int) -> str:
 
 
 def _reason(group: Group) -> str:
-    """Why, and for a merge that looks like a loss, what it gains."""
+    """Why, and what a merge gains."""
     reason = group.reason
     before, after = group.total(lambda s: s.latency_before), group.total(lambda s: s.latency_after)
-    dearer = group.total(lambda s: s.macs_after) > group.total(lambda s: s.macs_before)
-    if group.first.action == "merge" and dearer and after < before:
-        reason += f", predicted {seconds(before)} → {seconds(after)}"
+    gain = speed(before, after, measured=all(site.measured for site in group.sites))
+    if group.first.action == "merge" and gain:
+        reason += f": {gain}"
     observed = any(site.evidence == "observed" for site in group.sites)
     return reason + (" (observed on these inputs)" if observed else "")
 
