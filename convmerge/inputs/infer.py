@@ -135,6 +135,13 @@ def _key(module: nn.Module) -> tuple[str, int] | None:
         return f"norm{_norm_dims(module)}", module.num_features
     if isinstance(module, nn.Linear):
         return "linear", module.in_features
+    if isinstance(module, nn.Unflatten) and module.dim == 1:
+        sizes = [n for n in module.unflattened_size if isinstance(n, int)]
+        return ("linear", math.prod(sizes)) if min(sizes, default=0) > 0 else None
+    if isinstance(module, nn.ModuleList) and len(module) > 1:
+        # Side by side, each on features of its own: a block-diagonal layer.
+        sizes = [part.in_features for part in module if isinstance(part, nn.Linear)]
+        return ("linear", sum(sizes)) if len(sizes) == len(module) else None
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding", module.num_embeddings
     if isinstance(module, nn.RNNBase):

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from convmerge.borderplan import border_words
+from convmerge.emit import emissions
 from convmerge.errors import Refusal
 from convmerge.fold import Place, place_of
 from convmerge.plan.site import Denial, Part, ends_of, is_filler
-from convmerge.regions import Block, Chain
+from convmerge.recognise import Filter
+from convmerge.regions import Block, Chain, Element, Leaf
 
 if TYPE_CHECKING:
     from convmerge.plan.planner import Planner
@@ -25,10 +27,35 @@ def denials(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denia
             found.append(denial(planner, (element,)))
             for branch in element.branches:
                 found.extend(planner.plan(branch).denials)
+        elif part.site is None and (kept := _in_blocks(planner, element)) is not None:
+            found.append(kept)
     solid = [p for p in parts if not is_filler(chain[p.first]) or p.site is not None]
     for left, right in itertools.pairwise(solid):
+        if left.site is None and _is_slice(chain[left.first]):
+            continue  # a view, which costs nothing where it is
         found.append(denial(planner, chain[left.first : right.last + 1]))
     return found
+
+
+def _in_blocks(planner: Planner, element: Element) -> Denial | None:
+    """Why an operator whose weight falls apart into blocks stays as it is; None for any other."""
+    if not isinstance(element, Leaf) or not planner.maker.alone(element) or _is_slice(element):
+        return None
+    place, before = place_of(planner.evidence, (element,)), planner.cost_as_is((element,))
+    try:
+        site = planner.site((element,), before)
+        blocks = site and planner.maker.in_blocks(site, lambda g: emissions(g)[-1:])
+    except Refusal:
+        return None
+    if place is None or blocks is None or blocks.blocks is None:
+        return None
+    reason = f"{blocks.blocks.words} in its weight, which cost more by themselves"
+    return Denial((element,), place, reason, before, blocks.after)
+
+
+def _is_slice(element: Element) -> bool:
+    step = element.step if isinstance(element, Leaf) else None
+    return isinstance(step, Filter) and step.kind.startswith("channels ")
 
 
 def denial(planner: Planner, elements: Chain) -> Denial:
@@ -49,4 +76,6 @@ def denial(planner: Planner, elements: Chain) -> Denial:
         return Denial(elements, place, "left out by --only or --skip")
     if planner.pays(site):
         return Denial(elements, place, "another grouping is cheaper", before, site.after)
+    if site.blocks is not None and site.after.latency >= before.latency:
+        return Denial(elements, place, f"costs no less as {site.blocks.words}", before, site.after)
     return Denial(elements, place, "costs more as one operator", before, site.after)

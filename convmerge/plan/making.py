@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from convmerge.affine import Geometry
 from convmerge.blocks import Patterns, blocks_of, has_structure
 from convmerge.borderplan import border_option
 from convmerge.capture import Evidence
@@ -20,6 +21,8 @@ from convmerge.plan.blockwise import FREE_MACS, in_order, order_cost, relaid
 from convmerge.plan.site import Site, at_home, before_join, check_place, is_same, run_geometries, runs_of
 from convmerge.recognise import Filter
 from convmerge.regions import Chain, Element, Leaf, Share
+
+Ways = Callable[[Geometry], Sequence[Emission]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +44,7 @@ class Maker:
     def site(self, elements: Chain, place: Place, before: Cost) -> Site:
         """The elements as one operator, or as independent blocks. Raises Refusal."""
         whole = self._whole(elements, place, before)
-        blocks = self._in_blocks(whole)
+        blocks = self.in_blocks(whole)
         if blocks is None or blocks.blocks is None:
             return whole
         if len(blocks.blocks.parts) > 1:
@@ -70,8 +73,8 @@ class Maker:
         by_hand = element.step.kind.endswith("blocks") and element.step.geometry.groups > 1
         return by_hand or self.patterns.found(element)
 
-    def _in_blocks(self, whole: Site) -> Site | None:
-        """The same elements as independent blocks; None where there are none."""
+    def in_blocks(self, whole: Site, ways_of: Ways = emissions) -> Site | None:
+        """The same elements as independent blocks, built in one of some ways; None where there are none."""
         elements, place = whole.home.elements, whole.home_place
         if whole.emptied or covers_map(elements) or not has_structure(elements, self.patterns):
             return None
@@ -81,9 +84,7 @@ class Maker:
             if blocks is None:
                 return None
             groups = blocks.groups
-            ways = [
-                self.cheapest(emissions(g.geometry), place, dtype, whole.before, FREE_MACS) for g in groups
-            ]
+            ways = [self.cheapest(ways_of(g.geometry), place, dtype, whole.before, FREE_MACS) for g in groups]
         except Refusal:
             return None
         branches = [Branch(g.inputs, g.outputs, way) for g, (way, _) in zip(groups, ways, strict=True)]
