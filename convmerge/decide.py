@@ -14,13 +14,14 @@ from torch.fx.node import Node
 from convmerge.capture import Evidence
 from convmerge.constants import Constants
 from convmerge.cost import CostModel, Objective, Roofline
+from convmerge.cuts import cut
 from convmerge.errors import Refusal
 from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
 from convmerge.plan import ChainPlan, Denial, Junction, Planner, Site, plan_junction, units
 from convmerge.recognise import Context
 from convmerge.reduction import find_regions
 from convmerge.regions import Chain, Element, Regions, calls_of
-from convmerge.retrace import Trace, cut, retrace
+from convmerge.retrace import Trace, retrace
 from convmerge.static import StaticProofs
 
 # How much of a model's MACs one merge may add where it is predicted to be faster all the same.
@@ -230,7 +231,8 @@ class Decider:
                 try:
                     if reason is not None:
                         raise Refusal(reason)
-                    for run in (edit.home, *edit.emptied):
+                    cut(traces[owner], edit.home, edit.regroup)
+                    for run in edit.emptied:
                         cut(traces[owner], run)
                 except Refusal as refusal:
                     problems[site] = refusal.reason

@@ -17,7 +17,7 @@ from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
 from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
 from convmerge.recognise import Same
-from convmerge.regions import CHECKS, Element, blocks, calls_of, leaves
+from convmerge.regions import CHECKS, Block, Edge, Element, Leaf, calls_of, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,21 @@ class UnitEdit:
 
 
 @dataclass(frozen=True)
+class Regroup:
+    """Terms of a larger sum that give way to one of them.
+
+    Attributes:
+        sums: positions of the calls that add up.
+        dropped: the terms that vanish, by the position of the call that adds one and which operand it is.
+        kept: position of the call whose value stays in the sum.
+    """
+
+    sums: tuple[int, ...]
+    dropped: frozenset[tuple[int, int]]
+    kept: int
+
+
+@dataclass(frozen=True)
 class GraphEdit:
     """Calls inside the code of the module at ``owner``, by their position among all calls made in it.
 
@@ -58,12 +73,14 @@ class GraphEdit:
         home: positions of the calls that the merged layer replaces.
         emptied: positions of the calls that vanish, one tuple for each run.
         opened: paths of submodules whose own code is edited too.
+        regroup: for a part of a larger sum, what becomes of that.
     """
 
     owner: str
     home: tuple[int, ...]
     emptied: tuple[tuple[int, ...], ...]
     opened: frozenset[str] = field(default_factory=frozenset)
+    regroup: Regroup | None = None
 
 
 Edit = UnitEdit | GraphEdit
@@ -112,6 +129,8 @@ def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -
     """How a site is written back. Raises Refusal where no way is known to be exact."""
     _check_memory(frames.evidence, [home, *emptied])
     try:
+        if open_block(home) is not None:
+            raise Refusal("the sum has a term that starts from another value")
         return _as_units(frames, home, emptied, model)
     except Refusal as refusal:
         unit_reason = refusal.reason
@@ -252,7 +271,9 @@ def check_hooks(module: nn.Module, path: str) -> None:
 
 
 def _innermost_common(frames: Frames, runs: Sequence[Run]) -> Frame:
-    stacks = [frames.call(node).stack for run in runs for node in calls_of(run.elements)]
+    nodes = [node for run in runs for node in calls_of(run.elements)]
+    nodes += [node for run in runs if (block := open_block(run)) is not None for node in block.sums]
+    stacks = [frames.call(node).stack for node in nodes]
     common = ROOT
     for level in zip(*stacks, strict=False):
         if any(frame != level[0] for frame in level):
@@ -262,7 +283,7 @@ def _innermost_common(frames: Frames, runs: Sequence[Run]) -> Frame:
 
 
 def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], model: nn.Module) -> GraphEdit:
-    if any(block.partial for run in (home, *emptied) for block in blocks(run.elements)):
+    if any(open_block(run) is not None for run in emptied):
         raise Refusal("the sum has a term that starts from another value")
     position = {node: index for index, node in enumerate(frames.calls[owner])}
     calls = {node for run in (home, *emptied) for node in calls_of(run.elements)}
@@ -271,13 +292,60 @@ def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], m
     opened: set[str] = set()
     for node in calls:
         opened.update(f.path for f in _below(frames.call(node), owner) if not frames.data[f] <= calls)
+    regroup = None
+    if (block := open_block(home)) is not None:
+        check_sums(frames.evidence, block.sums)
+        opened.update(f.path for node in block.sums for f in _below(frames.call(node), owner))
+        dropped = frozenset((position[edge.call], edge.index) for edge in dropped_edges(block))
+        sums = tuple(sorted(position[node] for node in block.sums))
+        regroup = Regroup(sums, dropped, position[block.target])
 
     def where(run: Run) -> tuple[int, ...]:
         return tuple(sorted(position[n] for n in calls_of(run.elements)))
 
-    return GraphEdit(owner.path, where(home), tuple(where(run) for run in emptied), frozenset(opened))
+    gone = tuple(where(run) for run in emptied)
+    return GraphEdit(owner.path, where(home), gone, frozenset(opened), regroup)
 
 
 def _below(call: Call, owner: Frame) -> tuple[Frame, ...]:
     """The module calls inside ``owner`` that a call ran in."""
     return call.stack[call.stack.index(owner) + 1 :]
+
+
+def open_block(run: Run) -> Block | None:
+    """The part of a larger sum in which a run ends."""
+    last = run.elements[-1]
+    return last if isinstance(last, Block) and last.partial else None
+
+
+def dropped_edges(block: Block) -> list[Edge]:
+    """The operands of a larger sum that vanish when a part of it becomes one operator."""
+    found: list[Edge] = []
+    for index, (branch, edge) in enumerate(zip(block.branches, block.edges, strict=True)):
+        inner = next((e for e in reversed(branch) if not (isinstance(e, Leaf) and e.implied)), None)
+        if isinstance(inner, Block) and inner.partial:
+            found += dropped_edges(inner)
+        if index != block.kept:
+            found.append(edge)
+    return found
+
+
+def check_sums(evidence: Evidence, sums: Sequence[Node]) -> None:
+    """Additions that write in place must not be seen under the old name of what they write to.
+
+    Raises Refusal.
+    """
+    for node in sums:
+        call = evidence.calls[node]
+        if not call.mutates:
+            continue
+        root = memory_root(nodes_of(node.args)[0])
+        read = {n for c in evidence.calls.values() if c.index > call.index for n in c.node.all_input_nodes}
+        names = (n for n in read | evidence.outputs if memory_root(n) is root)
+        if any(_index(evidence, n) < call.index for n in names):
+            raise Refusal("the sum is written into memory that is read under another name too")
+
+
+def _index(evidence: Evidence, node: Node) -> int:
+    call = evidence.calls.get(node)
+    return call.index if call is not None else -1

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
@@ -225,100 +224,6 @@ def _same_value(a: Any, b: Any, matched: dict[Node, Node], back: dict[Node, Node
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same_value(a[k], b[k], matched, back) for k in a)
     return type(a) is type(b) and bool(a == b)
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """Trace nodes that one layer can stand for: one value of data in, one value out."""
-
-    nodes: tuple[Node, ...]
-    source: Node
-    result: Node
-
-
-def cut(trace: Trace, positions: Sequence[int]) -> Cut:
-    """The trace nodes that make the calls at ``positions``.
-
-    Raises Refusal where they also make other calls, or share values with the rest of the code.
-    """
-    inside = {trace.made_by[p] for p in positions}
-    covered = set(positions)
-    for position, node in trace.made_by.items():
-        if node in inside and position not in covered and position not in trace.constant:
-            raise Refusal("one expression of the code computes part of it and something else")
-    silent = _silent(trace)
-    handing = {node for node in silent if _hands_on(node)}
-    inside |= _between(trace.graph, inside, handing)
-    inside |= _checks(trace.graph, inside, silent)
-    nodes = tuple(node for node in trace.graph.nodes if node in inside)
-    read = {s for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s)}
-    sources = {_through(s, handing) for s in read}
-    results = [n for n in nodes if any(user not in inside for user in n.users)]
-    if len(sources) != 1 or len(results) != 1:
-        raise Refusal("the code uses a value inside it elsewhere too")
-    return Cut(nodes, sources.pop(), results[0])
-
-
-def _silent(trace: Trace) -> set[Node]:
-    """Nodes that make no call at all, such as an ``nn.Identity``, or a look at a tensor's rank."""
-    loud = set(trace.made_by.values())
-    calls = ("call_module", "call_function", "call_method")
-    return {node for node in trace.graph.nodes if node.op in calls and node not in loud}
-
-
-IDLE_FUNCTIONS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout})
-IDLE_METHODS = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16"})
-
-
-def _hands_on(node: Node) -> bool:
-    """Whether a silent node gives its first argument on; other functions may pick one of several values."""
-    if node.op == "call_module":
-        return len(node.all_input_nodes) == 1
-    idle = node.target in (IDLE_METHODS if node.op == "call_method" else IDLE_FUNCTIONS)
-    return idle and isinstance(node.args[0] if node.args else None, Node)
-
-
-def _through(node: Node, handing: set[Node]) -> Node:
-    """The value that silent nodes hand on."""
-    while node in handing:
-        node = node.args[0] if node.args and isinstance(node.args[0], Node) else node.all_input_nodes[0]
-    return node
-
-
-def _between(graph: fx.Graph, inside: set[Node], silent: set[Node]) -> set[Node]:
-    """Silent nodes on a way from ``inside`` to ``inside``."""
-    found: set[Node] = set()
-    for node in reversed(graph.nodes):
-        leads_in = any(user in inside or user in found for user in node.users)
-        if node in silent and leads_in and _through(node, silent) in inside:
-            found.add(node)
-    return found
-
-
-def _checks(graph: fx.Graph, inside: set[Node], silent: set[Node]) -> set[Node]:
-    """Silent nodes that look at values inside and lead to nothing: assertions about shapes that vanish."""
-    found: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node in silent and all(user in found for user in node.users):
-            found.add(node)
-    touched: set[Node] = set()
-    for node in graph.nodes:
-        if node in found and any(n in inside or n in touched for n in node.all_input_nodes):
-            touched.add(node)
-    return touched
-
-
-def carries_data(node: Node) -> bool:
-    """Whether a trace value can depend on the traced module's inputs."""
-    seen, pending = set(), [node]
-    while pending:
-        current = pending.pop()
-        if current.op in ("placeholder", "call_module"):
-            return True
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,8 +13,10 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import Node
 
+from convmerge.cuts import Cut, carries_data, cut
 from convmerge.lower import GraphEdit, UnitEdit
-from convmerge.retrace import Cut, Trace, carries_data, cut
+from convmerge.regroup import regroup
+from convmerge.retrace import Trace
 from convmerge.sequential import as_sequential
 
 
@@ -110,12 +112,14 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
     source_output = next(n for n in trace.graph.nodes if n.op == "output")
     graph.output(output, type_expr=source_output.type)
     taken: set[str] = set()
+    edits = [r.edit for r in replacements if isinstance(r.edit, GraphEdit)]
+    regroup(graph, trace, copies, [edit.regroup for edit in edits if edit.regroup is not None])
     for index, replacement in enumerate(replacements):
         edit = replacement.edit
         assert isinstance(edit, GraphEdit)
         for run in edit.emptied:
             _replace(graph, cut(trace, run), copies, None)
-        home = cut(trace, edit.home)
+        home = cut(trace, edit.home, edit.regroup)
         if replacement.layer is None:
             _replace(graph, home, copies, None)
             continue

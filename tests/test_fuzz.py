@@ -1,7 +1,8 @@
 """Random models end to end: whatever is merged is exact, whatever is not has a reason.
 
 A model is a random program over values: every step applies a layer, a function or a sum to earlier values,
-so that chains, branches, residuals, shared modules, in-place writes and dead ends all occur.
+so that chains, branches, residuals, sums and concatenations of several origins, shared modules, in-place
+writes and dead ends all occur.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class RandomModel(nn.Module):
             source = rng.choice([len(channels) - 1] * 3 + list(range(len(channels))))
             kind = rng.choice(KINDS)
             other = rng.choice(range(len(channels)))
-            if kind in ("add", "sub", "alpha", "iadd") and (
-                channels[other] != channels[source] or not (maps[source] and maps[other])
+            if kind in JOINS and not (
+                maps[source] and maps[other] and (kind == "cat" or channels[other] == channels[source])
             ):
                 kind = "conv"
             out = self._make(kind, f"s{step}", channels[source], rng)
-            operands = (source, other) if kind in ("add", "sub", "alpha", "iadd") else (source,)
+            operands = (source, other) if kind in JOINS else (source,)
+            out += channels[other] if kind == "cat" else 0
             self.program.append((kind, operands, f"s{step}"))
             channels.append(out)
             maps.append(maps[source] and kind not in ("stride", "pool", "nearest", "transpose", "valid"))
@@ -105,6 +107,8 @@ class RandomModel(nn.Module):
             elif kind == "iadd":
                 value = value.clone()
                 value += values[operands[1]]
+            elif kind == "cat":
+                value = torch.cat([value, values[operands[1]]], 1)
             elif kind == "scale":
                 value = value * self.scales[name]
             elif kind == "shift":
@@ -120,8 +124,9 @@ class RandomModel(nn.Module):
 KINDS = [
     *("conv", "conv", "conv", "bn", "bn", "add", "add", "relu", "valid", "stride", "grouped", "depthwise"),
     *("transpose", "pool", "nearest", "dropout", "identity", "block", "sub", "alpha", "iadd", "scale"),
-    *("shift", "half"),
+    *("shift", "half", "cat"),
 ]
+JOINS = ("add", "sub", "alpha", "iadd", "cat")
 
 
 def check(seed: int) -> Counter[str]:

@@ -98,7 +98,7 @@ def test_the_plan_is_the_best_of_all_segmentations(seed: int, objective: Objecti
             site = planner.site(chain[i:j], before) if j > i + 1 else None
         except Refusal:
             continue
-        if site is not None and planner._affordable(site.after, before) and cheaper(site.after, before, objective):
+        if site is not None and planner.gains(site.after, before):
             spans[i].append((j, site.after))
     least = min(cost.key(objective) for cost in tilings(spans, 0, n))
     plan = planner.plan(chain)

@@ -61,7 +61,8 @@ def looped_in_place(m: Any, x: Tensor) -> Tensor:
 
 WHOLE: list[tuple[Callable[..., Any], str]] = [
     (lambda m, x: m.n(m.a(x)), "ff"),
-    (lambda m, x: m.n(m.d(m.a(x))) * 2, "f=fs"),
+    (lambda m, x: m.n(m.d(m.a(x))) * 2, "ffs"),
+    (lambda m, x: m.n(m.a(x)[...]) * 2, "f=fs"),
     (lambda m, x: m.a(x) + m.b(x), "[f+f]"),
     (lambda m, x: m.a(x) - m.b(x), "[f+fs]"),
     (looped, "[fs+f+f]"),
@@ -115,7 +116,7 @@ CUT: list[tuple[Callable[..., Any], list[str]]] = [
     (lambda m, x: m.a(x) + m.b(x.relu()), ["f", "f"]),
     (lambda m, x: m.n(m.a(x) + m.b(x.relu())), ["f", "f", "f"]),
     (lambda m, x: torch.cat([m.a(x), m.n(m.b(x))], 1), ["[f|ff]"]),
-    (lambda m, x: m.d(torch.cat([m.a(x), m.b(x.relu())], 1)), ["f", "f", "="]),
+    (lambda m, x: torch.cat([m.a(x), m.b(x.relu())], 1), ["f", "f"]),
     (lambda m, x: torch.cat([m.a(x), x], 1) * 2, ["[f|]s"]),
     (lambda m, x: m.a(x) * m.b(x), ["f", "f"]),
     (lambda m, x: m.c(m.a(x).mean((2, 3), keepdim=True)), ["fpf"]),

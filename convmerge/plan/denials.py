@@ -25,7 +25,7 @@ def denials(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denia
         element = chain[part.first]
         if part.site is None and isinstance(element, Block):
             found.append(denial(planner, (element,)))
-            for branch in element.branches:
+            for branch in planner.inside(element).apart:
                 found.extend(planner.plan(branch).denials)
         elif part.site is None and (kept := _in_blocks(planner, element)) is not None:
             found.append(kept)

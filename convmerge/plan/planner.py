@@ -6,7 +6,6 @@ O(n²) intervals. A block (a sum of branches) is an element whose own best plan 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from convmerge.emit import Emission, emissions
 from convmerge.errors import Refusal
 from convmerge.fold import place_of
 from convmerge.lower import Frames
+from convmerge.plan.branches import Inside, plan_inside
 from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
 from convmerge.plan.making import Maker
@@ -63,6 +63,8 @@ class Planner:
         self.costs = LeafCosts(self.frames, self.cost_model)
         patterns = Patterns(self.frames.evidence, self.frames.constants)
         self.maker = Maker(self.frames.evidence, self.objective, self.cost_model, patterns)
+        self._inside: dict[int, Inside] = {}
+        self._stamp = 0
 
     @property
     def evidence(self) -> Evidence:
@@ -211,19 +213,15 @@ class Planner:
 
     def _cost_as_is(self, element: Element) -> Cost:
         """Cost of an element that is not merged with its neighbours; a block may merge inside."""
-        if isinstance(element, Leaf):
-            return self.costs.of(element)
-        total = ZERO
-        for branch in element.branches:
-            if place_of(self.evidence, branch) is not None:
-                total = total + self.table(branch).cost(len(branch))
-        return total + self._joining_cost(element)
+        return self.costs.of(element) if isinstance(element, Leaf) else self.inside(element).cost
 
-    def _joining_cost(self, block: Block) -> Cost:
-        volume, dtype = math.prod(self.evidence.size(block.target)), self.evidence.dtype(block.target)
-        if block.joined == "cat":
-            return self.cost_model.operator("cat", volume, dtype=dtype)
-        return sum((self.cost_model.operator("add", volume, dtype=dtype) for _ in block.branches[1:]), ZERO)
+    def inside(self, block: Block) -> Inside:
+        """The best plan of a block's branches, of which some may merge with one another."""
+        if self._stamp != len(self.forbidden):
+            self._stamp, self._inside = len(self.forbidden), {}
+        if id(block) not in self._inside:
+            self._inside[id(block)] = plan_inside(self, block)
+        return self._inside[id(block)]
 
     def _sites_of(self, chain: Chain, part: Part) -> list[Site]:
         """The sites in a part: itself, or those inside the branches of a block that stays."""
@@ -232,7 +230,5 @@ class Planner:
         element = chain[part.first]
         if isinstance(element, Leaf):
             return []
-        sites: list[Site] = []
-        for branch in element.branches:
-            sites.extend(self.plan(branch).sites)
-        return sites
+        inside = self.inside(element)
+        return [*inside.sites, *(site for branch in inside.apart for site in self.plan(branch).sites)]
