@@ -15,6 +15,7 @@ from convmerge.fold import geometry_of, place_of
 from convmerge.layers import Built
 from convmerge.plan import Denial, Site
 from convmerge.recognise import Filter, Passage, Same, Scalar
+from convmerge.recognise.generated import APPLY
 from convmerge.regions import Block, Element, Leaf, Regions, calls_of, leaves
 from convmerge.report import SiteReport
 
@@ -114,14 +115,14 @@ def _figures(before: Cost, after: Cost) -> dict[str, Any]:
 
 
 def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteReport]]:
-    """Known operators that are no affine form here, where one stands next to them."""
+    """Known operators that are no affine form here: filters, and others next to one."""
     filters = {
         leaf.node for chain in regions.chains for leaf in leaves(chain) if isinstance(leaf.step, Filter)
     }
     rows = []
     for node, reason in regions.refused.items():
         call = decider.evidence.calls[node]
-        if any(n in filters for n in (*node.all_input_nodes, *node.users)):
+        if call.op in APPLY or any(n in filters for n in (*node.all_input_nodes, *node.users)):
             rows.append((call.index, SiteReport(call.path or call.op, (call.op,), "", "refuse", reason)))
     return rows
 

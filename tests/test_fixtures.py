@@ -134,4 +134,4 @@ def test_the_generated_kernel_is_named_as_the_reason(
     monkeypatch.chdir(ROOT)
     options = CASES["hypernetwork"].options
     _, report = convmerge(capsys, "inspect", "fixtures/hypernetwork.pt", *options)
-    assert any("depends on an input" in site["reason"] for site in report["sites"])
+    assert any("kernel depends on input cond" in site["reason"] for site in report["sites"])

@@ -383,12 +383,12 @@ def test_other_writes_into_a_padded_map_are_refused(pad: Callable[[Tensor, Tenso
 
 # --- Refusals: (forward, input shape, reason) ---------------------------------------------------------------
 
-HYPER = "depends on an input"
+HYPER = "depends on input x"
 REFUSALS: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...], str]] = [
-    (lambda x: F.conv2d(x, x[:1, :, :3, :3]), MAP, f"the weight of this conv2d {HYPER}"),
-    (lambda x: F.conv2d(x, W2.repeat(1, 2, 1, 1), x[0, 0, 0, :7]), MAP, f"the bias of this conv2d {HYPER}"),
+    (lambda x: F.conv2d(x, x[:1, :, :3, :3]), MAP, f"kernel {HYPER}"),
+    (lambda x: F.conv2d(x, W2.repeat(1, 2, 1, 1), x[0, 0, 0, :7]), MAP, f"bias {HYPER}"),
     (lambda x: F.conv_transpose2d(x, x[:1, :, :3, :3].movedim(0, 1)), MAP, HYPER),
-    (lambda x: F.linear(x, x[0]), ROW, f"the weight of this linear {HYPER}"),
+    (lambda x: F.linear(x, x[0]), ROW, f"kernel {HYPER}"),
     (lambda x: x @ MATRICES, ROW, "not one matrix for all positions"),
     (lambda x: torch.addmm(B, x, M.t(), beta=2), (3, 5), "addmm with beta, alpha"),
     (lambda x: torch.addmm(ROWS, x, M.t()), (3, 5), "a bias per row"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convmerge.capture import Call
-from convmerge.recognise import border, filters, layout, pointwise, stacked  # noqa: F401  (importing registers)
+from convmerge.recognise import border, filters, generated, layout, pointwise, stacked  # noqa: F401  (registers)
 from convmerge.recognise.steps import (
     RECOGNISERS,
     BorderFill,

@@ -15,6 +15,7 @@ from convmerge.affine import Affine, Dims, Geometry
 from convmerge.algebra import unflatten, unflatten_geometry
 from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.recognise.generated import depends, refuse_generated
 from convmerge.recognise.stacked import sum_of_stack
 from convmerge.recognise.steps import Context, Filter, Passage, Step, recognises
 
@@ -31,9 +32,9 @@ def _source(context: Context, value: object) -> Node | None:
 
 def _filter_constants(context: Context, call: Call) -> str | None:
     """Why the weight or the bias is not constant, or None."""
-    for name in ("weight", "bias"):
+    for name, what in (("weight", "kernel"), ("bias", "bias")):
         if not context.constant(call.args[name]):
-            return f"the {name} of this {call.op} depends on an input"
+            return depends(context, what, call.args[name])
     return None
 
 
@@ -152,7 +153,10 @@ def matmul(context: Context, call: Call) -> Step | None:
     """x @ W with a constant matrix W."""
     left, right = call.args.get("self"), call.args.get("other", call.args.get("mat2"))
     source = _source(context, left)
-    if source is None or not isinstance(right, Node) or not context.constant(right):
+    if source is None or not isinstance(right, Node):
+        return None
+    if not context.constant(right):
+        refuse_generated(context, left, right)
         return None
     if len(context.shape(right)) != 2 or len(context.shape(source)) < 2:
         raise Refusal("multiplies by a constant that is not one matrix for all positions")
@@ -164,6 +168,7 @@ def addmm(context: Context, call: Call) -> Step | None:
     """bias + x @ W with constant bias and W."""
     source = _source(context, call.args["mat1"])
     weight, bias = call.args["mat2"], call.args["self"]
+    refuse_generated(context, call.args["mat1"], weight)
     if source is None or not context.constant(weight) or not context.constant(bias):
         return None
     if call.args["beta"] != 1 or call.args["alpha"] != 1 or len(context.shape(bias)) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -135,6 +136,19 @@ class Context:
         if tensor is None:
             raise KeyError(value)
         return tensor
+
+    def origins(self, value: object) -> tuple[str, ...]:
+        """Names of the model's inputs that a value depends on, in their order."""
+        return tuple(n.name for n in self.evidence.inputs if n in self._origins.get(value, ()))  # type: ignore[call-overload]
+
+    @cached_property
+    def _origins(self) -> dict[Node, frozenset[Node]]:
+        none: frozenset[Node] = frozenset()
+        found = {node: frozenset([node]) for node in self.evidence.inputs}
+        for node in self.evidence.calls:
+            sources = [found.get(source, none) for source in node.all_input_nodes]
+            found[node] = sources[0] if len(set(sources)) == 1 else none.union(*sources)
+        return found
 
     def shape(self, value: object) -> tuple[int, ...]:
         """Shape of an argument on the example inputs; () for a number, also one in the shape of the data."""
