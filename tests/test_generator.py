@@ -38,4 +38,4 @@ def test_kernels_are_named_with_the_inputs_they_depend_on() -> None:
 
 def test_attention_has_no_kernel() -> None:
     _, regions = regions_of(Pair(lambda m, x, y: x @ x.mT + y), random(5, 7), random(5, 5))
-    assert not regions.refused and [call.op for call in regions.unknown] == ["matmul"]
+    assert not regions.refused and "matmul" in {call.op for call in regions.unknown}

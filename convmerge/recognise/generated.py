@@ -35,8 +35,8 @@ def refuse_generated(context: Context, left: object, right: object) -> None:
     operands = [value for value in (left, right) if isinstance(value, Node) and not context.constant(value)]
     if len(operands) != 2:
         return
-    kernel, data = sorted(operands, key=lambda value: math.prod(context.shape(value)))
-    for kernel, data in ((kernel, data), (data, kernel)):
+    small, large = sorted(operands, key=lambda value: math.prod(context.shape(value)))
+    for kernel, data in ((small, large), (large, small)):
         if set(context.origins(data)) - set(context.origins(kernel)):
             raise Refusal(depends(context, "matrix", kernel))
 
