@@ -13,6 +13,7 @@ from torch.fx.node import Node
 
 from convmerge.affine import Geometry
 from convmerge.blocks import Patterns
+from convmerge.borderclasses import Bordered
 from convmerge.borderplan import border_pays
 from convmerge.capture import Evidence
 from convmerge.cost import ZERO, Cost, CostModel, Objective, Roofline
@@ -188,7 +189,18 @@ class Planner:
 
     def pays(self, site: Site) -> bool:
         """Whether a merge gains anything."""
-        return self.gains(site.after, site.before, site.spare)
+        return self.gains(site.after, site.before, site.spare) or self._plainly_less(site)
+
+    def _plainly_less(self, site: Site) -> bool:
+        """One layer for several operators, and more of nothing: a gain, however small a part of the whole."""
+        single = not isinstance(site.emission, Bordered) and len(site.emission.layers) == 1
+        several = sum(not is_filler(element) for element in site.elements) > 1
+        no_more = (
+            site.after.macs <= site.before.macs
+            and site.after.weights <= site.before.weights
+            and site.after.latency <= site.before.latency
+        )
+        return single and several and no_more
 
     def _affordable(self, after: Cost, before: Cost, spare: int = 0) -> bool:
         """Predicted time decides only among merges that do not raise the MACs by more than a trifle.
