@@ -1,4 +1,4 @@
-"""Block structure as integers: found whatever hides it, and exact as independent parts, grouped or side by side.
+"""Block structure as integers: found whatever hides it, and exact as independent parts side by side.
 
 With integer weights and inputs float64 is exact, so results are compared with ``torch.equal``.
 """
