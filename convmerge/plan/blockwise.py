@@ -82,11 +82,11 @@ def _comes_back(evidence: Evidence, elements: Chain, axis: int) -> bool:
 def _through(
     evidence: Evidence, element: object, order: list[int | None], axis: int
 ) -> list[int | None] | None:
-    """Which axis of the source each axis is after a view; None where a view does more than reorder axes."""
+    """Which axis of the source each axis is after a view; None where more than the order of axes changes."""
     assert isinstance(element, Leaf)
     call = evidence.calls[element.node]
     shape = evidence.size(element.node)
-    if call.op not in VIEWS:
+    if call.op not in VIEWS or len(order) != len(evidence.size(element.source)):
         return None
     if call.op in RESHAPES:
         before = [(a, n) for a, n in zip(order, evidence.size(element.source), strict=True) if a is not None]

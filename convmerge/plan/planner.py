@@ -13,7 +13,6 @@ from torch.fx.node import Node
 
 from convmerge.affine import Geometry
 from convmerge.blocks import Patterns
-from convmerge.borderclasses import Bordered
 from convmerge.borderplan import border_pays
 from convmerge.capture import Evidence
 from convmerge.cost import ZERO, Cost, CostModel, Objective, Roofline
@@ -193,7 +192,7 @@ class Planner:
 
     def _plainly_less(self, site: Site) -> bool:
         """One layer for several operators, and more of nothing: a gain, however small a part of the whole."""
-        single = not isinstance(site.emission, Bordered) and len(site.emission.layers) == 1
+        single = isinstance(site.emission, Emission) and len(site.emission.layers) == 1
         several = sum(not is_filler(element) for element in site.elements) > 1
         no_more = (
             site.after.macs <= site.before.macs
