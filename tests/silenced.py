@@ -195,7 +195,9 @@ class RandomNet(nn.Module):
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() < 2:
             return
-        how = self.random.choice(["rows", "rows", "zero rows", "columns", "both", "scattered", "mask", "none"])
+        how = self.random.choice(
+            ["rows", "rows", "zero rows", "columns", "both", "scattered", "mask", "none"]
+        )
         mask = torch.ones_like(weight)
         if how in ("rows", "zero rows", "both", "mask"):
             mask *= self._chosen(len(weight)).reshape(-1, *(1,) * (weight.dim() - 1))

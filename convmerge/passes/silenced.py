@@ -49,18 +49,20 @@ def remove_silenced(
         return Prepared(model, inputs)
     evidence = capture(model, inputs)
     constants = Constants(evidence)
-    owners = Owners(model, evidence, constants, only, skip)
+    static = is_static(model, inputs)
     for trusting in (True, False):
+        owners = Owners(model, evidence, constants, only, skip, trusting)
         alignment = align(evidence, constants, owners.watched, trusting=trusting)
         removal = _Removal.plan(alignment, owners)
-        sites = rows(removal.live, removal.folded, static=is_static(model, inputs))
+        sites = rows(removal.live, removal.folded, static=static)
         if not removal.edits.values:
             return Prepared(model, inputs, sites)
         if evidence.eager:
             return Prepared(model, inputs, refused(sites))
         changed = copy_model(model)
         removal.edits.apply(changed)
-        if not alignment.assumed or compare(model, changed, inputs, more=False).equal:
+        certain = not alignment.assumed and not owners.trusted
+        if certain or compare(model, changed, inputs, more=False).equal:
             break
     return Prepared(changed, inputs, sites)
 

@@ -27,12 +27,24 @@ class Place:
     name: str
 
 
+# Layers whose forward follows the shapes of their parameters and the attributes that Edits sets.
+SHRINKABLE = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.PReLU,
+)
+
+
 @dataclass(eq=False)
 class Owners:
     """Which constants of a model belong to one module and are read by one call alone.
 
     Attributes:
         only, skip: globs on module paths; others, or these, are left as they are.
+        trusting: whether code that is not torch's is taken to follow the shapes of its own parameters.
+        trusted: whether that was made use of.
     """
 
     model: nn.Module
@@ -40,6 +52,8 @@ class Owners:
     constants: Constants
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
+    trusting: bool = True
+    trusted: bool = False
     _hooked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -90,6 +104,12 @@ class Owners:
             raise Refusal(f"{name} is read more than once")
         if self._shared(tensor):
             raise Refusal(f"{name} is shared")
+        if _base(module).__module__.startswith("torch.nn.") and not isinstance(module, SHRINKABLE):
+            raise Refusal(f"a {type(module).__name__} keeps its size")
+        if not isinstance(module, SHRINKABLE):
+            if not self.trusting:
+                raise Refusal(f"the code of {type(module).__name__} relies on the size of {name}")
+            self.trusted = True
         return Place(path, attribute)
 
     def _shared(self, tensor: Tensor) -> bool:

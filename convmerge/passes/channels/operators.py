@@ -131,14 +131,20 @@ def _computed(
         found = Facts.of(known, result.double().expand(count))
     else:
         found = Facts.unknown(count)
-    return _with_zeros(found, facts) if call.op == "mul" else found
+    return _with_zeros(alignment, call, found, facts, place) if call.op == "mul" else found
 
 
-def _with_zeros(found: Facts, factors: dict[Node, Facts]) -> Facts:
+def _with_zeros(
+    alignment: Alignment, call: Call, found: Facts, factors: dict[Node, Facts], place: int
+) -> Facts:
     """A product is zero where one of its factors is."""
     zero = torch.zeros_like(found.known)
     for factor in factors.values():
         zero = zero | (factor.known & (factor.value == 0))
+    for other in (call.args["self"], call.args["other"]):
+        constant = None if alignment.is_data(other) else alignment.constants.tensor(other)
+        if constant is not None and (constant.numel() == 1 or constant.shape[place] == constant.numel()):
+            zero = zero | (constant.flatten() == 0)
     return Facts(found.known | zero, found.value.where(~zero, 0.0))
 
 

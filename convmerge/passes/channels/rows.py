@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from torch.fx.node import Node
+
 from convmerge.affine import Geometry
 from convmerge.cost import layer_cost
 from convmerge.emit.layer import Kind, Layer
-from convmerge.passes.channels.alignment import Alignment, Lanes, Mix
-from convmerge.passes.channels.liveness import Liveness
+from convmerge.passes.channels.alignment import Alignment, Lanes, Mix, Wall
+from convmerge.passes.channels.liveness import Liveness, weight_of
 from convmerge.recognise import RECOGNISERS, Context, Filter
 from convmerge.report import SiteReport
 from convmerge.sites import describe_geometry
 
 SCATTERED = "its mask becomes part of the weight; the zeros are scattered, so no channel can go"
+LAYERS = frozenset({"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))})
 FOLDED = "its mask becomes part of the weight"
 
 
@@ -30,6 +33,8 @@ def rows(live: Liveness, folded: set[str], *, static: bool) -> tuple[SiteReport,
     kind = "static" if static else "observed"
     found: list[SiteReport] = []
     for step in live.alignment.steps.values():
+        if isinstance(step, Wall):
+            found += _walled(live.alignment, step)
         if isinstance(step, Mix) or (isinstance(step, Lanes) and step.call.op.startswith("conv")):
             found += _rows_of(live, step, step.call.path in folded, kind)
     return tuple(found)
@@ -56,6 +61,19 @@ def _rows_of(live: Liveness, step: Mix | Lanes, masked: bool, evidence: Any) -> 
     for reason, count in live.reasons(outputs[silent]).items():
         words = f"{count} of {len(outputs)} output channels silenced"
         yield SiteReport(call.leaf, (operator,), words, "refuse", f"silenced channels stay: {reason}")
+
+
+def _walled(alignment: Alignment, wall: Wall) -> Iterator[SiteReport]:
+    """A layer with silenced channels that is not followed."""
+    call, weight = wall.call, wall.call.args.get("weight")
+    if call.op not in LAYERS or not isinstance(weight, Node) or weight not in alignment.constants:
+        return
+    outputs = 1 if "transpose" in call.op else 0
+    used = weight_of(alignment, weight).transpose(0, outputs).flatten(1).ne(0).any(1)
+    alignment.constants.release()
+    if not used.all():
+        words = f"{int((~used).sum())} of {len(used)} output channels silenced"
+        yield SiteReport(call.leaf, (call.op,), words, "refuse", f"silenced channels stay: {wall.reason}")
 
 
 def _removed(inputs: int, outputs: int) -> str:
