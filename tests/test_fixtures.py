@@ -91,6 +91,7 @@ CASES = {
     "edsr": Case(None, traced=True),
     "hypernetwork": Case({"conv": 2, "linear": 2}, (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")),
     "linear_head": Case({"conv": 1}),
+    "classifier": Case({"conv": 2, "linear": 2}),
     "lora": Case({"linear": 2}, ALLOW),
     "mobilenet": Case(None),
     "repvgg": Case({"adaptive_avg_pool": 1, "conv": 4, "linear": 1}, ALLOW, traced=True),

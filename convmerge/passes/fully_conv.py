@@ -153,6 +153,9 @@ class _Conversion:
     def _site(self, head: Head, of_the_input: str) -> SiteReport:
         evidence = self.evidence
         first, last = (evidence.calls[head.calls[i]].path for i in (0, -1))
+        layers = [c.layer for c in head.changes.values() if c.layer is not None]
+        weights = sum(p.numel() for layer in layers for p in layer.parameters())
+        macs = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
         maps = " and ".join(_times(evidence.size(m)[1:]) for m in head.maps)
         return SiteReport(
             place=first if first == last else f"{first or 'the model'} … {last or 'the model'}",
@@ -160,6 +163,10 @@ class _Conversion:
             geometry=f"{maps} → {_times(evidence.size(head.output)[1:])}",
             action="merge",
             reason=f"convolutions, exact for every window of {_times(head.window)} of this map{of_the_input}",
+            macs_before=macs,
+            macs_after=macs,
+            weights_before=weights,
+            weights_after=weights,
         )
 
 
@@ -183,7 +190,8 @@ def _averaged(evidence: Evidence, head: Head, change: Change | None) -> Change:
     """The last call of a head, followed by the mean over the windows."""
     last, rank = evidence.calls[head.output], len(evidence.size(head.output))
     if rank < 2 or not evidence.dtype(head.output).is_floating_point or (not change and last.op not in LAST):
-        raise Refusal(f"windows are not averaged after {last.op} of {last.leaf}")
+        where = f"{last.op} of {last.leaf}"
+        raise Refusal(f"windows are not averaged after {where}; without --average it gives the map")
     layers = [change.layer] if change else [LAST[last.op]]
     layers += [ADAPTIVE_AVERAGE[len(head.window)](1), nn.Flatten(1) if rank == 2 else None]
     source = change.source if change else last.node.all_input_nodes[0]
