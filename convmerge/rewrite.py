@@ -90,11 +90,17 @@ def _apply_units(tree: _Tree, edit: UnitEdit, layer: nn.Module) -> None:
     tree.put(old, stand_in(layer, old))
 
 
+# What torch.fx keeps when it deep-copies a traced module; all other attributes it drops. (Files do not hold it.)
+PRESERVED = "_user_preserved_attributes"
+
+
 def stand_in(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give a new module the plain attributes that a parent may read off the old one, and its train flag."""
     for name, value in vars(old).items():
         if not name.startswith("_") and name != "training" and not hasattr(new, name) and _is_plain(value):
             setattr(new, name, value)
+            if isinstance(new, fx.GraphModule):
+                new.meta.setdefault(PRESERVED, {})[name] = value
     return new.train(old.training)
 
 

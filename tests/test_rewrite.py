@@ -473,3 +473,28 @@ def test_a_copy_of_a_traced_module_keeps_what_is_read_off_it() -> None:
     assert result.report.merged() and result.report.verification is not None
     assert result.report.verification.equal and not result.report.warnings[1:]
     assert isinstance(result.model.block, torch.fx.GraphModule)
+
+
+def test_traced_modules_keep_plain_attributes_when_copied() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.resolution = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), (7, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.norm(2 * self.conv(x)))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attention(x)
+            return y.flatten(2) if tuple(x.shape[2:]) == self.attention.resolution else y
+
+    x = random(*MAP)
+    result = fused(randomised(Block()), x).model
+    assert isinstance(result.attention, torch.fx.GraphModule)
+    copied = copy.deepcopy(copy.deepcopy(result))
+    assert torch.equal(copied(x), result(x))
