@@ -90,7 +90,7 @@ def _apply_units(tree: _Tree, edit: UnitEdit, layer: nn.Module) -> None:
     tree.put(old, stand_in(layer, old))
 
 
-# What torch.fx keeps when it deep-copies a traced module; all other attributes it drops. (Files do not hold it.)
+# What torch.fx keeps when it deep-copies a traced module (one loaded from a file does not hold it).
 PRESERVED = "_user_preserved_attributes"
 
 
