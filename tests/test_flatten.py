@@ -69,7 +69,7 @@ def test_however_it_is_flattened(form: str, batch: int) -> None:
 TAILS: dict[str, Callable[[], list[nn.Module]]] = {
     "dropout": lambda: [nn.Dropout(), nn.Linear(100, 3)],
     "identity": lambda: [nn.Identity(), nn.Linear(100, 3)],
-    "several linear layers": lambda: [nn.Linear(100, 7), nn.Dropout(), nn.Linear(7, 2), nn.Linear(2, 3)],
+    "several linear layers": lambda: [nn.Linear(100, 7), nn.Dropout(), nn.Linear(7, 5), nn.Linear(5, 3)],
     "batch norm after": lambda: [nn.Linear(100, 3), nn.BatchNorm1d(3)],
     "residual": lambda: [nn.Linear(100, 3), Residual(nn.Linear(3, 3))],
 }
