@@ -119,7 +119,7 @@ def _computed(
         value = alignment.constants.value(node)
         if not isinstance(value, Tensor) or value.numel() == 1:
             return value.flatten() if isinstance(value, Tensor) else value
-        if value.numel() == count == value.shape[place]:
+        if value.numel() == count and _per_channel(value, place):
             return value.flatten()
         known = known & False
         return value.flatten()[:1].expand(count)
@@ -134,6 +134,11 @@ def _computed(
     return _with_zeros(alignment, call, found, facts, place) if call.op == "mul" else found
 
 
+def _per_channel(constant: Tensor, place: int) -> bool:
+    """Whether a constant varies along the channels' axis, counted from the end, alone."""
+    return constant.dim() >= -place and constant.shape[place] == constant.numel()
+
+
 def _with_zeros(
     alignment: Alignment, call: Call, found: Facts, factors: dict[Node, Facts], place: int
 ) -> Facts:
@@ -143,7 +148,7 @@ def _with_zeros(
         zero = zero | (factor.known & (factor.value == 0))
     for other in (call.args["self"], call.args["other"]):
         constant = None if alignment.is_data(other) else alignment.constants.tensor(other)
-        if constant is not None and (constant.numel() == 1 or constant.shape[place] == constant.numel()):
+        if constant is not None and (constant.numel() == 1 or _per_channel(constant, place)):
             zero = zero | (constant.flatten() == 0)
     return Facts(found.known | zero, found.value.where(~zero, 0.0))
 
