@@ -84,7 +84,8 @@ class Maker:
             if blocks is None:
                 return None
             groups = blocks.groups
-            ways = [self.cheapest(ways_of(g.geometry), place, dtype, whole.before, FREE_MACS) for g in groups]
+            spare = max(1, FREE_MACS // len(groups))
+            ways = [self.cheapest(ways_of(g.geometry), place, dtype, whole.before, spare) for g in groups]
         except Refusal:
             return None
         branches = [Branch(g.inputs, g.outputs, way) for g, (way, _) in zip(groups, ways, strict=True)]
@@ -132,12 +133,13 @@ class Maker:
     ) -> tuple[Emission, Cost]:
         """The cheapest of several ways to build a form at a place; ``before``: of what it replaces.
 
-        With ``spare`` the cheapest of those that add no more MACs than that, if there are any.
+        With ``spare`` the cheapest of those that take no more MACs than that beyond the least.
         """
         costs = self.model.ways(ways, place.size, batch=place.batch, dtype=dtype, before=before)
         pairs = list(zip(ways, costs, strict=True))
         if spare and self.objective != "params":
-            pairs = [pair for pair in pairs if pair[1].macs <= before.macs + spare] or pairs
+            least = min(cost.macs for cost in costs)
+            pairs = [pair for pair in pairs if pair[1].macs <= least + spare]
         return min(pairs, key=lambda pair: pair[1].key(self.objective))
 
     def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> tuple[Emission, ...]:
