@@ -94,6 +94,7 @@ CASES = {
     "classifier": Case({"conv": 2, "linear": 2}),
     "lora": Case({"linear": 2}, ALLOW),
     "mobilenet": Case(None),
+    "pruned": Case({"adaptive_avg_pool": 1, "add": 2, "conv": 6, "linear": 1}, ALLOW),
     "repvgg": Case({"adaptive_avg_pool": 1, "conv": 4, "linear": 1}, ALLOW, traced=True),
     "resnet": Case({"adaptive_avg_pool": 1, "add": 3, "conv": 9, "linear": 1}, ALLOW),
     "sesr": Case({"conv": 4, "pixel_shuffle": 1}),
