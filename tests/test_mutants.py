@@ -281,19 +281,16 @@ def transposed_weight_not_by_groups(right: Function, weight: Tensor, groups: int
 
 
 @mutant(interleave._phase)
-def phases_all_from_the_same_position(
-    right: Function, graph: fx.Graph, y: fx.Node, choice: Sequence[tuple[int, slice]]
-) -> fx.Node:
-    kept = (slice(None, ((s.stop or 0) - (s.start or 0)) or None) for _, s in choice)
-    return right(graph, y, [(phase, s) for (phase, _), s in zip(choice, kept, strict=True)])
+def phases_all_from_the_same_position(right: Function, *args: Any) -> fx.Node:
+    *rest, kept = args
+    return right(*rest, slice(None, ((kept.stop or 0) - (kept.start or 0)) or None))
 
 
 @mutant(interleave._phase)
-def phases_of_the_dimensions_swapped(
-    right: Function, graph: fx.Graph, y: fx.Node, choice: Sequence[tuple[int, slice]]
+def phases_of_the_wrong_dimension(
+    right: Function, graph: fx.Graph, y: fx.Node, n: int, at: int, phase: int, kept: slice
 ) -> fx.Node:
-    phases = [phase for phase, _ in reversed(choice)]
-    return right(graph, y, [(phase, s) for phase, (_, s) in zip(phases, choice, strict=True)])
+    return right(graph, y, n, -n - 1 - at, phase, kept)
 
 
 @mutant(build._append_ones)

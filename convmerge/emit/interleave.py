@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -35,7 +34,9 @@ class Interleaving(NamedTuple):
         return (self.start + self.end) % self.up == 0
 
     def phases(self) -> list[tuple[int, slice]]:
-        """In the order of the output the phase, and the positions of it that are kept."""
+        """In the order of the output each phase, and which positions of it are kept: all if not ``whole``."""
+        if not self.whole:
+            return [(phase, slice(None)) for phase in range(self.up)]
         dropped = (self.start + self.end) // self.up
         turns = (divmod(p, self.up) for p in range(self.start, self.start + self.up))
         return [(phase, slice(first or None, (first - dropped) or None)) for first, phase in turns]
@@ -55,25 +56,21 @@ def interleavings(g: Geometry) -> list[Interleaving]:
 def interleave(graph: fx.Graph, y: Node, channels: int, dims: Sequence[Interleaving]) -> Node:
     """Write the calls that interleave the phases of (..., channels * phases, *spatial) into a graph.
 
-    What is dropped is left out before anything is copied wherever possible: every phase is sliced by itself,
-    and all are the same size then.
+    One dimension after the other, the last first: stack its phases behind it, and flatten. What is dropped is
+    sliced off before anything is copied wherever all phases are then of one size.
     """
     n, up = len(dims), [d.up for d in dims]
-    dropped = any(d.start or d.end for d in dims)
-    if not dropped and n == 2 and up[0] == up[1]:
+    if n == 2 and up[0] == up[1] and not any(d.start or d.end for d in dims):
         return graph.call_function(F.pixel_shuffle, (y, up[0]))
+    # (..., channels, u1, ..., un, s1, ..., sn): whichever phases are the last stand at -n-1.
     y = graph.call_method("unflatten", (y, -n - 1, (channels, *up)))
-    if dropped and all(d.whole for d in dims):
-        parts = [_phase(graph, y, choice) for choice in itertools.product(*(d.phases() for d in dims))]
-        y = graph.call_function(torch.stack, (parts, -n - 1))
-        y, dropped = graph.call_method("unflatten", (y, -n - 1, up)), False
-    # (..., channels, *up, *spatial) → (..., channels, s1, u1, s2, u2, ...)
-    y = graph.call_method("movedim", (y, list(range(-2 * n, -n)), list(range(1 - 2 * n, 1, 2))))
-    for pair in range(-2 * n, 0, 2):
-        y = graph.call_method("flatten", (y, pair, pair + 1))
-    if not dropped:
+    for at, dim in reversed(list(enumerate(dims, start=-n))):
+        parts = [_phase(graph, y, n, at, *phase) for phase in dim.phases()]
+        y = graph.call_function(torch.stack, (parts, at))
+        y = graph.call_method("flatten", (y, at - 1, at))
+    if all(d.whole for d in dims):
         return y
-    kept: Any = (..., *(slice(d.start or None, -d.end or None) for d in dims))
+    kept: Any = (..., *(slice(None) if d.whole else slice(d.start or None, -d.end or None) for d in dims))
     y = graph.call_function(operator.getitem, (y, kept))
     return graph.call_method("contiguous", (y,))
 
@@ -94,7 +91,9 @@ def plain_graph_module(root: nn.Module, graph: fx.Graph, class_name: str) -> fx.
     return module
 
 
-def _phase(graph: fx.Graph, y: Node, choice: Sequence[tuple[int, slice]]) -> Node:
-    phases, kept = zip(*choice, strict=True)
-    index: Any = (..., *phases, *kept)
+def _phase(graph: fx.Graph, y: Node, n: int, at: int, phase: int, kept: slice) -> Node:
+    """One phase of those at -n-1, and of its positions along ``at`` (negative) those to be kept."""
+    where = [slice(None)] * n
+    where[at] = kept
+    index: Any = (..., phase, *where)
     return graph.call_function(operator.getitem, (y, index))
