@@ -310,6 +310,8 @@ def _record_calls(model: nn.Module) -> Iterator[dict[str, list[tuple[Any, Any, A
         yield recorded
     finally:
         handle.remove()
+        # torch forgets this entry, and torch.compile then warns of a hook on all modules.
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def _signature(calls: list[tuple[Any, Any, Any]]) -> Signature:
