@@ -24,6 +24,7 @@ from convmerge.layers import Built, build, together
 from convmerge.measure import Measured
 from convmerge.passes import Pass, Prepared
 from convmerge.passes.bind import bind as bind_pass
+from convmerge.passes.duplicates import remove_duplicates
 from convmerge.passes.fully_conv import fully_convolutional
 from convmerge.passes.silenced import remove_silenced
 from convmerge.report import Report, SiteReport, Verification, saving_of
@@ -76,7 +77,9 @@ class _Options:
         found: list[tuple[str, Pass]] = [("bind", bind_pass(self.bind))] if self.bind else []
         if self.fully_conv:
             found.append(("fully-conv", partial(fully_convolutional, average=self.average)))
-        return [*found, ("prune", partial(remove_silenced, only=self.only, skip=self.skip))]
+        found.append(("prune", partial(remove_silenced, only=self.only, skip=self.skip)))
+        found.append(("duplicates", partial(remove_duplicates, only=self.only, skip=self.skip)))
+        return found
 
 
 @dataclass(eq=False)

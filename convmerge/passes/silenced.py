@@ -27,7 +27,7 @@ from convmerge.passes import Prepared
 from convmerge.passes.channels.alignment import Alignment, align, mixes
 from convmerge.passes.channels.layers import Edits, Owners, Place, can_shift, protect, pruned
 from convmerge.passes.channels.liveness import Liveness, facts, weight_of
-from convmerge.passes.channels.rows import rows
+from convmerge.passes.channels.rows import SILENCED, rows
 from convmerge.passes.channels.shrink import shrink
 from convmerge.report import SiteReport
 from convmerge.tracing import quiet
@@ -35,13 +35,19 @@ from convmerge.verification.compare import compare
 
 
 def remove_silenced(
-    model: nn.Module, inputs: Inputs, *, only: Sequence[str] = (), skip: Sequence[str] = ()
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    why: str = SILENCED,
 ) -> Prepared:
     """A model without its silenced channels, with the masks of pruning made part of the weights.
 
     Args:
         model: in eval mode; not changed.
         only, skip: globs on module paths; other layers, or these, keep their size.
+        why: what the channels that go were, for the report.
 
     Raises ConvmergeError where the model cannot be captured.
     """
@@ -54,7 +60,7 @@ def remove_silenced(
         owners = Owners(model, evidence, constants, only, skip, trusting)
         alignment = align(evidence, constants, owners.watched, trusting=trusting)
         removal = _Removal.plan(alignment, owners)
-        sites = rows(removal.live, removal.folded, static=static)
+        sites = rows(removal.live, removal.folded, static=static, why=why)
         if not removal.edits.values:
             return Prepared(model, inputs, sites)
         if evidence.eager:

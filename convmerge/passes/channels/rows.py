@@ -20,15 +20,17 @@ from convmerge.sites import describe_geometry
 
 SCATTERED = "its mask becomes part of the weight; the zeros are scattered, so no channel can go"
 LAYERS = frozenset({"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))})
+SILENCED = "that were silenced"
 FOLDED = "its mask becomes part of the weight"
 
 
-def rows(live: Liveness, folded: set[str], *, static: bool) -> tuple[SiteReport, ...]:
+def rows(live: Liveness, folded: set[str], *, static: bool, why: str = SILENCED) -> tuple[SiteReport, ...]:
     """A row for every layer that changes, and for every reason why silenced channels of a layer stay.
 
     Args:
         folded: paths of the layers whose masks become part of their weights.
         static: whether the calls of the model are the same on all inputs.
+        why: what the channels that go were.
     """
     kind = "static" if static else "observed"
     found: list[SiteReport] = []
@@ -36,11 +38,13 @@ def rows(live: Liveness, folded: set[str], *, static: bool) -> tuple[SiteReport,
         if isinstance(step, Wall):
             found += _walled(live.alignment, step)
         if isinstance(step, Mix) or (isinstance(step, Lanes) and step.call.op.startswith("conv")):
-            found += _rows_of(live, step, step.call.path in folded, kind)
+            found += _rows_of(live, step, step.call.path in folded, kind, why)
     return tuple(found)
 
 
-def _rows_of(live: Liveness, step: Mix | Lanes, masked: bool, evidence: Any) -> Iterator[SiteReport]:
+def _rows_of(
+    live: Liveness, step: Mix | Lanes, masked: bool, evidence: Any, why: str
+) -> Iterator[SiteReport]:
     alignment, call = live.alignment, step.call
     outputs = alignment.channels[call.node].ids
     inputs = step.inputs.ids if isinstance(step, Mix) else outputs
@@ -51,7 +55,7 @@ def _rows_of(live: Liveness, step: Mix | Lanes, masked: bool, evidence: Any) -> 
     silent = ~live.active[call.node] & live.kept(outputs)
     if gone_in or gone_out or masked:
         layer = Layer(_kind(call.op), after)
-        what = f"{layer}, {_removed(gone_in, gone_out)}"
+        what = f"{layer}, {_removed(gone_in, gone_out)} {why}"
         if not gone_in and not gone_out:
             what = FOLDED if silent.any() else SCATTERED
         figures = _figures(alignment, step, before, after)
@@ -78,7 +82,7 @@ def _walled(alignment: Alignment, wall: Wall) -> Iterator[SiteReport]:
 
 def _removed(inputs: int, outputs: int) -> str:
     parts = [f"{n} {name}" for n, name in ((outputs, "output"), (inputs, "input")) if n]
-    return f"without {' and '.join(parts)} channels that were silenced"
+    return f"without {' and '.join(parts)} channels"
 
 
 def _kind(op: str) -> Kind:

@@ -1,0 +1,159 @@
+"""Channels that are copies or multiples of one another are computed once.
+
+What a layer reads from a copy it can read from the original: the weights on the copy, times its factor, are
+added to those on the original. Nobody reads the copy any more then, and it is removed as silenced channels
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from convmerge.capture import capture, copy_model
+from convmerge.constants import Constants
+from convmerge.emit.build import round_once
+from convmerge.errors import Refusal
+from convmerge.inputs import Inputs
+from convmerge.passes import Prepared
+from convmerge.passes.channels.alignment import Alignment, Mix, align, mixes
+from convmerge.passes.channels.copies import Copy, copies, multiples
+from convmerge.passes.channels.layers import Edits, Owners, protect
+from convmerge.passes.channels.liveness import COMPUTED, Liveness, facts, weight_of
+from convmerge.passes.silenced import remove_silenced
+from convmerge.report import SiteReport
+
+COPIES = "that were copies of others"
+DIFFER = "what is computed from them differs"
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def remove_duplicates(
+    model: nn.Module, inputs: Inputs, *, only: Sequence[str] = (), skip: Sequence[str] = ()
+) -> Prepared:
+    """A model that computes every channel once.
+
+    Args:
+        model: in eval mode, without silenced channels; not changed.
+        only, skip: globs on module paths; other layers, or these, are left as they are.
+
+    Raises ConvmergeError where the model cannot be captured.
+    """
+    sites: list[SiteReport] = []
+    while may_have_copies(model):
+        smaller, found = _once(model, inputs, only, skip)
+        sites += [site for site in found if site.action == "merge" or smaller is None]
+        if smaller is None:
+            break
+        model = smaller  # layers that read fewer channels may have become alike
+    return Prepared(model, inputs, tuple(sites))
+
+
+def may_have_copies(model: nn.Module) -> bool:
+    """Whether two rows of any layer are multiples of one another: a quick look."""
+    return any(_has_copies(module) for module in model.modules() if isinstance(module, LAYERS))
+
+
+def _has_copies(module: nn.Module) -> bool:
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or len(weight) < 2:
+        return False
+    rows = weight.detach().cpu().transpose(0, int(getattr(module, "transposed", False)))
+    keys = set()
+    for index, row in enumerate(rows):
+        taps = row.reshape(-1).double()
+        if isinstance(bias, torch.Tensor) and len(bias) == len(rows):
+            taps = torch.cat([taps, bias[index : index + 1].detach().cpu().double()])
+        group = index * getattr(module, "groups", 1) // len(rows)
+        ((key, _),) = multiples(iter([(group, taps)]))
+        keys.add(key if taps.any() else index)
+    return len(keys) < len(rows)
+
+
+def _once(
+    model: nn.Module, inputs: Inputs, only: Sequence[str], skip: Sequence[str]
+) -> tuple[nn.Module | None, tuple[SiteReport, ...]]:
+    """One round: a smaller model, or None where no copy can go; and the sites."""
+    scene = _Scene.of(model, inputs, only, skip)
+    found = copies(scene.alignment)
+    if not found.computed or scene.alignment.evidence.eager:
+        return None, ()
+    moved = scene.moved(found.read)
+    after = _Scene.of(moved, inputs, only, skip)
+    live = after.liveness()
+    going = {index: [c for c in read if after.goes(live, index, c)] for index, read in found.read.items()}
+    if not any(going.values()):
+        return None, after.stay(live, found.computed)
+    if going != found.read:
+        moved = scene.moved(going)
+    prepared = remove_silenced(moved, inputs, only=only, skip=skip, why=COPIES)
+    return None if prepared.model is moved else prepared.model, prepared.sites
+
+
+@dataclass(frozen=True, eq=False)
+class _Scene:
+    """A model and its channels."""
+
+    model: nn.Module
+    alignment: Alignment
+    owners: Owners
+    layers: tuple[Mix, ...]
+
+    @staticmethod
+    def of(model: nn.Module, inputs: Inputs, only: Sequence[str], skip: Sequence[str]) -> _Scene:
+        evidence = capture(model, inputs)
+        constants = Constants(evidence)
+        owners = Owners(model, evidence, constants, only, skip)
+        alignment = align(evidence, constants, owners.watched)
+        protect(alignment, owners)
+        return _Scene(model, alignment, owners, tuple(mixes(alignment)))
+
+    def moved(self, found: dict[int, list[Copy]]) -> nn.Module:
+        """A copy of the model whose layers read originals in place of copies, where that can be written."""
+        edits = Edits()
+        for index, copied in found.items():
+            mix = self.layers[index]
+            try:
+                edits.values[self.owners.place(mix.call, mix.weight)] = self._combined(mix, copied)
+            except Refusal:  # it must not change, or overflows: then it goes on reading the copies
+                continue
+        changed = copy_model(self.model)
+        edits.apply(changed)
+        return changed
+
+    def _combined(self, mix: Mix, copied: Sequence[Copy]) -> torch.Tensor:
+        """The weight that reads no copy."""
+        weight = weight_of(self.alignment, mix.weight).detach().double().clone()
+        blocks = mix.blocks(weight)  # a view
+        into = blocks.shape[2]
+        for copy in copied:
+            group, column, of = copy.place // into, copy.place % into, copy.of % into
+            blocks[group, :, of] += copy.factor * blocks[group, :, column]
+            blocks[group, :, column] = 0
+        self.alignment.constants.release()
+        return round_once(weight, self.alignment.evidence.dtype(mix.weight))
+
+    def liveness(self) -> Liveness:
+        """Which channels stay in this model."""
+        live = Liveness(self.alignment, facts(self.alignment))
+        live.run()
+        return live
+
+    def goes(self, live: Liveness, index: int, copy: Copy) -> bool:
+        """Whether a copy that a layer no longer reads can be removed."""
+        return not bool(live.kept(self.layers[index].inputs.ids[copy.place : copy.place + 1]))
+
+    def stay(self, live: Liveness, computed: dict[int, list[int]]) -> tuple[SiteReport, ...]:
+        """A row for every layer that computes copies that cannot go, with the reason."""
+        rows = []
+        for index, places in computed.items():
+            mix = self.layers[index]
+            ids = mix.outputs.ids[torch.tensor(places)]
+            for reason, count in live.reasons(ids).items():
+                words = f"{count} of {len(mix.outputs.ids)} output channels are multiples of others"
+                why = f"copies stay: {DIFFER if reason == COMPUTED else reason}"
+                rows.append(SiteReport(mix.call.leaf, (mix.call.op,), words, "refuse", why))
+        return tuple(rows)
