@@ -6,6 +6,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -217,3 +218,37 @@ class RandomNet(nn.Module):
     def _chosen(self, count: int) -> Tensor:
         share = self.random.choice([0.3, 0.5, 0.8, 1.0])
         return (torch.rand(count, generator=self.torch) >= share).float()
+
+
+def randomise(model: nn.Module, seed: int = 5) -> nn.Module:
+    """Batch norms with statistics of their own, biases that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(size, generator=generator) * 0.4
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.copy_(normal(module.num_features) + 1)
+                module.running_mean.copy_(normal(module.num_features))
+                module.running_var.copy_(normal(module.num_features).abs() + 0.5)
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.copy_(normal(len(module.bias)))
+    return model
+
+
+def pruned_model(name: str, amount: float, *, last: bool = True, head: int | None = None) -> nn.Module:
+    """A torchvision model with random statistics, ``amount`` of the channels of every convolution masked.
+
+    Args:
+        last: whether the last convolution is masked too.
+        head: another width for the linear layers of vgg16_bn, which have most of its weights.
+    """
+    model: nn.Module = getattr(torchvision.models, name)(weights=None)
+    if head is not None:
+        model.classifier = nn.Sequential(nn.Linear(25088, head), nn.ReLU(), nn.Dropout(), nn.Linear(head, 10))
+    layers = [m for m in randomise(model).modules() if isinstance(m, nn.Conv2d)]
+    for layer in layers if last else layers[:-1]:
+        prune.ln_structured(layer, "weight", amount, 2, 0)
+    return model.eval()

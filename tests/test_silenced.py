@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torchvision
-from silenced import RandomNet
+from silenced import RandomNet, pruned_model, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -38,24 +37,6 @@ def removed(model: nn.Module, *inputs: Tensor, **options: tuple[str, ...]) -> Pr
     assert apart(model, result.model, *inputs) < TOLERANCE
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     return result
-
-
-def randomise(model: nn.Module, seed: int = 5) -> nn.Module:
-    """Batch norms with statistics of their own, biases that are not zero."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(size: int) -> Tensor:
-        return torch.randn(size, generator=generator) * 0.4
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.weight.copy_(normal(module.num_features) + 1)
-                module.running_mean.copy_(normal(module.num_features))
-                module.running_var.copy_(normal(module.num_features).abs() + 0.5)
-            if isinstance(getattr(module, "bias", None), nn.Parameter):
-                module.bias.copy_(normal(len(module.bias)))
-    return model
 
 
 def silence(layer: nn.Module, *channels: int, bias: float | None = None) -> nn.Module:
@@ -578,17 +559,6 @@ def test_many_random_networks() -> None:
     assert counts["after"] < counts["before"] / 2
 
 
-def pruned_model(name: str, amount: float, *, last: bool = True) -> nn.Module:
-    """A torchvision model with random statistics, ``amount`` of every convolution's channels masked."""
-    model: nn.Module = getattr(torchvision.models, name)(weights=None)
-    if name.startswith("vgg"):
-        model.classifier = nn.Sequential(nn.Linear(25088, 61), nn.ReLU(), nn.Dropout(), nn.Linear(61, 10))
-    convolutions = [m for m in randomise(model).modules() if isinstance(m, nn.Conv2d)]
-    for layer in convolutions if last else convolutions[:-1]:
-        prune.ln_structured(layer, "weight", amount, 2, 0)
-    return model.double().eval()
-
-
 def masked(layer: nn.Conv2d) -> Tensor:
     """Which output channels a mask has silenced."""
     return (layer.weight == 0).flatten(1).all(1)
@@ -613,7 +583,7 @@ def expected_vgg(model: nn.Module) -> list[int]:
 
 
 def check_vgg(amount: float, *, last: bool) -> None:
-    model = pruned_model("vgg16_bn", amount, last=last)
+    model = pruned_model("vgg16_bn", amount, last=last, head=61)
     result = removed(model, torch.randn(1, 3, 64, 64)).model
     found = [m.out_channels for m in result.features if isinstance(m, nn.Conv2d)]
     assert found == expected_vgg(model)
