@@ -25,6 +25,7 @@ KINDS = {
         name: name for name in ("linear", "batch_norm", "layer_norm", "group_norm", "instance_norm", "matmul")
     },
     **{name: name for name in ("interpolate", "pixel_shuffle", "pixel_unshuffle", "cat", "pad", "einsum")},
+    **{name: name for name in ("bmm", "baddbmm", "index_select")},
     "__truediv__": "div",
     "__matmul__": "matmul",
     "scaled_dot_product_attention": "attention",
@@ -45,19 +46,37 @@ class _Counter(TorchFunctionMode):
         kind = KINDS.get(getattr(func, "__name__", ""))
         if kind is not None and isinstance(result, Tensor):
             self.calls[kind] += 1
-            if kind in ("conv", "conv_transpose", "linear"):
-                source = args[0] if args else kwargs["input"]
-                weight = args[1] if len(args) > 1 else kwargs["weight"]
-                # A transposed convolution uses every weight once for each input, the others for each output.
-                positions = source if kind == "conv_transpose" else result
-                self.macs += positions.numel() * math.prod(weight.shape[1:])
+            self.macs += _macs(kind, args, kwargs, result)
         return result
+
+
+def _macs(kind: str, args: tuple[Any, ...], kwargs: Any, result: Tensor) -> int:
+    """MACs of a product with a weight; products of data with data do not count."""
+    if kind in ("conv", "conv_transpose", "linear"):
+        source = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        # A transposed convolution uses every weight once for each input, the others for each output.
+        positions = source if kind == "conv_transpose" else result
+        return int(positions.numel() * math.prod(weight.shape[1:]))
+    if kind not in ("bmm", "baddbmm", "matmul", "einsum"):
+        return 0
+    tensors = [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, Tensor)]
+    operands = tensors[-2:]
+    if len(operands) < 2 or not any(isinstance(t, nn.Parameter) and t.dim() > 1 for t in operands):
+        return 0
+    if kind == "einsum" and isinstance(args[0], str):
+        letters = args[0].replace(" ", "").split("->")[0].split(",")
+        pairs = zip(letters, operands, strict=False)
+        sizes = {a: n for text, t in pairs for a, n in zip(text, t.shape, strict=False)}
+        return math.prod(sizes.values())
+    return result.numel() * operands[0].shape[-1]
 
 
 def count(model: nn.Module, inputs: Inputs) -> Counts:
     """Run a copy of ``model`` once, in eval mode and without gradients, and count.
 
-    MACs are those of convolutions and linear layers; parameters are counted once where they are shared.
+    MACs are those of products with weights (convolutions, linear layers, batches of blocks); parameters are
+    counted once where they are shared.
     """
     inputs = inputs.clone()
     scratch = copy_model(model).eval()  # a forward may change buffers and attributes
