@@ -1,116 +1,152 @@
-"""Measure the kinds of layers that convmerge/cost.py tells apart, beside what it predicts.
+"""Measure the kinds of layers that convmerge/roofline.py tells apart, beside what it predicts.
 
-    python tests/benchmarks/calibrate.py [--seconds 60] [--threads 2]
+    python tests/benchmarks/calibrate.py [KIND ...] [--rounds 20] [--threads 2] [--verbose] [--quick]
 
-Every layer is run in short bursts, all of them in turn, and the best time of each is kept: other work on the
-machine then costs time but does not change the figures. The constants in cost.py are fitted to these by hand.
+KIND is any part of a kind's name. All cases run in turn, in short bursts, round after round, and the best
+time of each counts: other work on the machine costs time but does not change the figures. For every kind it
+prints how far the constants are off (the mean over its cases), the constants that fit this machine best, and
+how far these are off; with --verbose every case.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from fitting import fitted, off, written
+from table import parsed, parser
 
 from convmerge.affine import Geometry
-from convmerge.cost import Cost, layer_cost, operator_cost
-from convmerge.emit import Layer
-
-Case = tuple[str, Callable[[Tensor], Tensor], Tensor, Cost]
-
-# in channels, out channels, groups, kernel, map size
-CONVS = [
-    (3, 64, 1, 3, 56), (64, 3, 1, 3, 56), (8, 8, 1, 3, 56), (16, 16, 1, 3, 56), (20, 20, 1, 3, 56),
-    (32, 32, 1, 3, 56), (33, 33, 1, 3, 56), (64, 64, 1, 3, 56), (65, 64, 1, 3, 56), (64, 64, 1, 3, 14),
-    (64, 64, 1, 5, 56), (256, 256, 1, 3, 14), (256, 256, 1, 3, 28), (512, 512, 1, 3, 7),
-    (16, 16, 1, 1, 56), (24, 144, 1, 1, 56), (144, 24, 1, 1, 56), (64, 64, 1, 1, 56), (64, 256, 1, 1, 56),
-    (256, 256, 1, 1, 28), (512, 512, 1, 1, 14), (512, 2048, 1, 1, 7), (64, 64, 1, 1, 14),
-    (64, 64, 4, 3, 56), (256, 256, 32, 3, 56), (256, 256, 32, 3, 14), (64, 64, 32, 3, 56),
-    (144, 144, 144, 3, 56), (144, 144, 144, 3, 14), (64, 64, 64, 5, 56), (64, 64, 64, 1, 56),
-]  # fmt: skip
-# channels, groups, kernel, stride, map size
-TRANSPOSED = [
-    (16, 1, 2, 2, 2), (64, 1, 2, 2, 56), (64, 1, 4, 2, 56), (64, 1, 4, 2, 14), (64, 1, 3, 1, 56),
-    (256, 1, 4, 2, 28), (64, 64, 4, 2, 56), (64, 64, 4, 2, 14),
-]  # fmt: skip
-LINEARS = [(1, 512, 512), (1, 2048, 1000), (16, 512, 512), (197, 768, 768), (197, 64, 64), (1000, 24, 96)]
+from convmerge.algebra.axis import Axis, from_axes
+from convmerge.emit import Kind, Layer
+from convmerge.measure import Operator, Subject, runnable
+from convmerge.roofline import RATES, Load, activations, latency, layer_load
+from convmerge.timing import Run, Stopwatch
 
 
-def convolutions() -> Iterator[Case]:
-    for into, out, groups, k, size in CONVS:
-        one, pad = (1, 1), (k // 2, k // 2)
-        g = Geometry(into, out, groups, (k, k), one, one, one, pad, pad, bias=True)
-        x = torch.randn(1, into, size, size)
-        cost = layer_cost(Layer("conv", g), (size, size))
-        name = f"conv {into}→{out} {k}×{k} groups {groups} at {size}²"
-        yield name, nn.Conv2d(into, out, k, padding=k // 2, groups=groups), x, cost
-    for channels, groups, k, stride, size in TRANSPOSED:
-        padding = (k - stride) // 2
-        lo = (k - 1 - padding,) * 2
-        g = Geometry(channels, channels, groups, (k, k), (stride,) * 2, (1, 1), (1, 1), lo, lo, bias=True)
-        layer = nn.ConvTranspose2d(channels, channels, k, stride, padding, groups=groups)
-        cost = layer_cost(Layer("conv_transpose", g), (size, size))
-        name = f"conv_transpose {channels} {k}×{k} stride {stride} groups {groups} at {size}²"
-        yield name, layer, torch.randn(1, channels, size, size), cost
-    for batch, into, out in LINEARS:
-        g = Geometry.channelwise(into, out, 1, 0, bias=True)
-        cost = layer_cost(Layer("linear", g), (), batch=batch)
-        yield f"linear {batch}×{into}→{out}", nn.Linear(into, out), torch.randn(batch, into), cost
+@dataclass(frozen=True)
+class Case:
+    """A call, and what it asks of the machine."""
+
+    name: str
+    load: Load
+    run: Run
+
+
+def square(layer: Kind, channels: tuple[int, int], axis: Axis, size: int, groups: int = 1) -> Case:
+    """A layer on a square map."""
+    return layer_case(layer, from_axes(*channels, groups, [axis] * 2, layer == "conv"), (size, size))
+
+
+def layer_case(kind: Kind, g: Geometry, size: tuple[int, ...], batch: int = 1) -> Case:
+    layer = Layer(kind, g)
+    run = runnable(Subject((layer,), size, batch, torch.float32))
+    at = "×".join(map(str, (batch, *size) if batch > 1 else size))
+    return Case(f"{layer} at {at}", layer_load(layer, size, batch=batch), run)
+
+
+def same(kernel: int, stride: int = 1) -> Axis:
+    return Axis(kernel, 1, stride, 1, kernel // 2, kernel // 2)
+
+
+def dense() -> Iterator[Case]:
+    """Convolutions with all channels connected: kernels, strides, strips, few and odd channels."""
+    for channels in (8, 16, 32, 64, 128, 256):
+        for kernel in (1, 3, 5):
+            for size in (3, 7, 14, 28, 56):
+                if (channels * kernel * size) ** 2 < 2e9:
+                    yield square("conv", (channels, channels), same(kernel), size)
+    for channels in (20, 33, 48):
+        for size in (14, 28, 56):
+            yield square("conv", (channels, channels), same(3), size)
+    for into, out, kernel, stride, size in (
+        (3, 64, 3, 1, 56), (64, 3, 3, 1, 56), (3, 32, 3, 2, 112), (3, 64, 7, 2, 224), (64, 128, 3, 2, 56),
+        (512, 512, 3, 1, 7), (24, 144, 1, 1, 56), (144, 24, 1, 1, 56), (64, 256, 1, 1, 56),
+        (512, 2048, 1, 1, 7), (256, 512, 1, 2, 28),
+    ):  # fmt: skip
+        yield square("conv", (into, out), same(kernel, stride), size)
+    for into, out in ((8, 8), (16, 16), (64, 12), (64, 48)):
+        for length in (14, 56, 192):
+            wide, narrow = Axis(5, 1, 1, 1, 0, 0), Axis(3, 1, 1, 1, 0, 0)
+            yield layer_case("conv", from_axes(into, out, 1, [narrow, wide], True), (3, length))
+            yield layer_case("conv", from_axes(into, out, 1, [wide, narrow], True), (length, 3))
+    for length in (100, 500, 2000, 8000):
+        yield layer_case("conv", from_axes(8, 64, 1, [same(5)], True), (length,))
+    for size in (8, 16, 24):
+        yield layer_case("conv", from_axes(4, 64, 1, [same(3)] * 3, True), (size,) * 3)
+        yield layer_case("conv", from_axes(4, 4, 1, [same(5)] * 3, True), (size,) * 3)
+
+
+def grouped() -> Iterator[Case]:
+    """Convolutions in groups, of one channel and of several; averages by convolution."""
+    for channels, groups in ((16, 16), (64, 64), (144, 144), (256, 256), (256, 32), (64, 4), (64, 32)):
+        for size in (7, 14, 28, 56):
+            yield square("conv", (channels, channels), same(3), size, groups)
+    for channels, size in ((64, 56), (256, 56), (512, 28), (1024, 14)):
+        yield square("averaging", (channels, channels), Axis(2, 1, 2, 1, 0, 0), size, channels)
 
 
 def others() -> Iterator[Case]:
-    layers: list[tuple[str, Callable[[Tensor], Tensor], int, int]] = [  # the last: rate up, rate down
-        ("batch_norm", nn.BatchNorm2d(64).eval(), 1, 1),
-        ("add", lambda x: x + 1.5, 1, 1),
-        ("pixel_shuffle", nn.PixelShuffle(2), 1, 1),
-        ("pixel_unshuffle", nn.PixelUnshuffle(2), 1, 1),
-        ("nearest", nn.Upsample(scale_factor=2), 2, 1),
-        ("avg_pool", nn.AvgPool2d(2), 1, 2),
-        ("pad", nn.ZeroPad2d(1), 1, 1),
-    ]
-    for name, layer, up, down in layers:
-        for size in (14, 56, 112):
-            x = torch.randn(1, 64, size, size)
-            k = (up * down,) * 2
-            ups, downs, los = (up, up), (down, down), (up - 1, up - 1)
-            g = Geometry(64, 64, 64, k, ups, downs, (1, 1), los, los) if up * down > 1 else None
-            cost = operator_cost(name, x.numel(), geometry=g, size=(size, size))
-            yield f"{name} at {size}²", layer, x, cost
-    pool = Geometry(64, 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1))
-    x = torch.randn(1, 64, 56, 56)
-    cost = operator_cost("avg_pool", x.numel(), geometry=pool, size=(56, 56))
-    yield "avg_pool 3×3 at 56²", nn.AvgPool2d(3, 1, 1), x, cost
+    """Transposed convolutions, linear layers, pools, resampling, and what goes over a map once."""
+    for channels, kernel, stride, size, groups in (
+        (16, 2, 2, 2, 1), (64, 2, 2, 56, 1), (64, 4, 2, 14, 1), (64, 4, 2, 56, 1), (64, 4, 2, 128, 1),
+        (64, 3, 1, 56, 1), (256, 4, 2, 28, 1), (64, 4, 2, 14, 64), (64, 4, 2, 56, 64),
+    ):  # fmt: skip
+        lo = kernel - 1 - (kernel - stride) // 2
+        axis = Axis(kernel, stride, 1, 1, lo, lo)
+        yield square("conv_transpose", (channels, channels), axis, size, groups)
+    for batch, into, out in (
+        (1, 512, 512), (1, 2048, 1000), (16, 512, 512), (197, 768, 768), (197, 64, 64), (1000, 24, 96),
+    ):  # fmt: skip
+        yield layer_case("linear", Geometry.channelwise(into, out, 1, 0, bias=True), (), batch)
+    for size in (14, 56, 112):
+        yield square("avg_pool", (64, 64), Axis(2, 1, 2, 1, 0, 0), size, 64)
+        yield square("nearest", (64, 64), Axis(2, 2, 1, 1, 1, 1), size, 64)
+        yield square("shuffle", (64, 16), Axis(2, 2, 1, 1, 1, 1), size, 16)
+        yield square("pad", (64, 64), Axis(1, 1, 1, 1, 1, 1), size, 64)
+        for name, kind in (("batch_norm", "batch norm"), ("scale", "elementwise")):
+            yield over_map(name, kind, size)
+    yield square("avg_pool", (64, 64), same(3), 56, 64)
 
 
-def measure(cases: list[Case], seconds: float) -> list[float]:
-    best = [math.inf] * len(cases)
-    end = time.perf_counter() + seconds
-    with torch.inference_mode():
-        while time.perf_counter() < end:
-            for index, (_, run, x, _) in enumerate(cases):
-                run(x)
-                burst = time.perf_counter() + 0.003
-                while (start := time.perf_counter()) < burst:
-                    run(x)
-                    best[index] = min(best[index], time.perf_counter() - start)
-    return best
+def over_map(name: str, kind: str, size: int) -> Case:
+    g = from_axes(64, 64, 64, [Axis(1, 1, 1, 1, 0, 0)] * 2)
+    run = runnable(Subject(Operator(name, 64), (size, size), 1, torch.float32))
+    return Case(f"{name} 64 at {size}×{size}", Load(kind, 0, 4 * activations(g, (size, size))), run)
+
+
+SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (dense, grouped, others)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    cases = [*convolutions(), *others()]
-    print(f"{'layer':48}{'measured':>12}{'predicted':>12}{'ratio':>8}")
-    for (name, _, _, cost), seconds in zip(cases, measure(cases, options.seconds), strict=True):
-        ratio = cost.latency / seconds
-        print(f"{name:48}{seconds * 1e6:9.1f} µs{cost.latency * 1e6:9.1f} µs{ratio:8.2f}")
+    found = parser(__doc__)
+    found.add_argument("--rounds", type=int, default=20)
+    found.add_argument("--verbose", action="store_true")
+    arguments = parsed(found)
+    rounds = 2 if arguments.quick else arguments.rounds
+    wanted = arguments.names
+    cases = [case for source in SOURCES for case in source() if not wanted or matches(case, wanted)]
+    seconds = Stopwatch(least=rounds, most=rounds, burst=3e-3)([case.run for case in cases])
+    for kind in dict.fromkeys(case.load.kind for case in cases):
+        pairs = [(c, s) for c, s in zip(cases, seconds, strict=True) if c.load.kind == kind]
+        loads, times = [case.load for case, _ in pairs], [s for _, s in pairs]
+        rate = fitted(RATES[kind], loads, times)
+        before, after = off(RATES[kind], loads, times), off(rate, loads, times)
+        print(f"{written(kind, rate):60} # off by {100 * after:.0f} %, now by {100 * before:.0f} %")
+        if arguments.verbose:
+            show(pairs)
+
+
+def matches(case: Case, kinds: list[str]) -> bool:
+    return any(kind in case.load.kind for kind in kinds)
+
+
+def show(pairs: list[tuple[Case, float]]) -> None:
+    """Every case of a kind: measured, and predicted over measured."""
+    for case, s in pairs:
+        ratio = latency(RATES[case.load.kind], case.load) / s
+        print(f"        {case.name:60}{s * 1e6:10.1f} µs{ratio:8.2f}")
 
 
 if __name__ == "__main__":
