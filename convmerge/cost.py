@@ -101,6 +101,7 @@ class Roofline:
 _LAYERS: dict[str, Kind] = {
     "linear": "linear",
     "batched_linear": "batched_linear",
+    "batched_rows": "batched_rows",
     "conv": "conv",
     "averaging": "averaging",
     "conv_transpose": "conv_transpose",

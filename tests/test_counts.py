@@ -73,6 +73,20 @@ def test_operators_by_kind(forward: Callable[[Any, Tensor], Any], expected: dict
     assert counted(Function(forward), 1, 4, 6, 6)[0] == expected
 
 
+WEIGHTS = nn.Parameter(torch.randn(3, 5, 7))
+PRODUCTS: list[Callable[[Any, Tensor], Any]] = [
+    lambda m, x: torch.bmm(x, WEIGHTS),
+    lambda m, x: torch.baddbmm(x[:, :, :1], x, WEIGHTS),
+    lambda m, x: x @ WEIGHTS,
+    lambda m, x: torch.einsum("bni,bio->nbo", x, WEIGHTS),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_batched_products_with_a_weight_count(product: Callable[[Any, Tensor], Any]) -> None:
+    assert counted(Function(product), 3, 11, 5)[1] == 11 * 3 * 5 * 7
+
+
 def test_modules_called_twice_count_twice_and_their_parameters_once() -> None:
     conv = nn.Conv2d(5, 5, 1)
     model = nn.Sequential(conv, nn.ReLU(), conv)

@@ -14,13 +14,13 @@ from convmerge.algebra.axis import Placement, axes
 from convmerge.algebra.branches import place
 from convmerge.algebra.compose import expand_groups
 from convmerge.algebra.polyphase import polyphase
-from convmerge.emit.batched import batched_linear
+from convmerge.emit.batched import batched_linear, batched_rows
 from convmerge.emit.interleave import interleaver
 from convmerge.emit.layer import Emission, Layer, transposed_padding
 from convmerge.emit.ways import emissions
 from convmerge.errors import Refusal
 
-WITH_WEIGHTS = ("linear", "batched_linear", "conv", "conv_transpose")
+WITH_WEIGHTS = ("linear", "batched_linear", "batched_rows", "conv", "conv_transpose")
 # Which weights a memory format applies to.
 _RANK = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
@@ -81,11 +81,12 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
         return mix.reshape(*mix.shape, *layer.geometry.kernel), form.bias
     if layer.kind == "linear":
         return expand_groups(weight, groups, 1), form.bias
-    if layer.kind == "batched_linear":
-        n = layer.geometry.groups
+    if layer.kind in ("batched_linear", "batched_rows"):
+        n, rows = layer.geometry.groups, layer.kind == "batched_rows"
         blocks = expand_groups(weight, groups, n)
-        bias = None if form.bias is None else form.bias.reshape(n, -1, 1)
-        return blocks.reshape(n, -1, blocks.shape[1]), bias
+        blocks = blocks.reshape(n, -1, blocks.shape[1])
+        bias = None if form.bias is None else form.bias.reshape((n, 1, -1) if rows else (n, -1, 1))
+        return blocks.transpose(1, 2) if rows else blocks, bias
     if form.ones is not None:
         weight = torch.cat([weight, form.ones.unsqueeze(1)], 1)
     dims = axes(layer.geometry)
@@ -113,6 +114,8 @@ def empty_layer(layer: Layer, dtype: torch.dtype) -> nn.Module:
         return nn.Linear(g.in_channels, g.out_channels, g.bias, **new)
     if layer.kind == "batched_linear":
         return batched_linear(g, dtype, "meta")
+    if layer.kind == "batched_rows":
+        return batched_rows(g, dtype, "meta")
     if layer.kind in ("conv", "averaging"):
         conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
         sizes = (g.kernel, g.down, g.lo, g.dilation)

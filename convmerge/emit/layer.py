@@ -11,6 +11,7 @@ from convmerge.algebra.axis import axes, words
 Kind = Literal[
     "linear",
     "batched_linear",
+    "batched_rows",
     "conv",
     "conv_transpose",
     "pad",
@@ -78,7 +79,7 @@ def _describe(layer: Layer) -> str:
         return f"AvgPool{n}d({words(g.kernel)})"
     if layer.kind == "nearest":
         return f"Upsample(nearest, {words(g.up)})"
-    if layer.kind == "batched_linear":
+    if layer.kind in ("batched_linear", "batched_rows"):
         return f"BatchedLinear({g.groups} × {g.in_channels // g.groups}→{g.out_channels // g.groups})"
     if layer.kind == "linear":
         return f"Linear({g.in_channels}, {g.out_channels})"

@@ -42,8 +42,9 @@ def _products(g: Geometry) -> Iterator[Emission]:
     """The dense matrix, and batches of blocks; of fewer and larger ones too, as small ones are slow."""
     for groups in range(1, 2 if g.diagonal else g.groups + 1):
         if g.groups % groups == 0:
-            kind: Kind = "batched_linear" if groups > 1 else "linear"
-            yield Emission((Layer(kind, replace(g, groups=groups)),), (), ())
+            kinds: tuple[Kind, ...] = ("batched_linear", "batched_rows") if groups > 1 else ("linear",)
+            for kind in kinds:
+                yield Emission((Layer(kind, replace(g, groups=groups)),), (), ())
 
 
 def _convolutions(g: Geometry) -> Iterator[Emission]:

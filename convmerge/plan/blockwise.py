@@ -18,7 +18,7 @@ from convmerge.recognise.channels import RESHAPES, VIEWS
 from convmerge.regions import Chain, Leaf
 
 # A dense product of no more MACs than this takes no longer than the calls that would save them.
-FREE_MACS = 1 << 18
+FREE_MACS = 1 << 17
 
 
 def order_cost(model: CostModel, p: Parallel, place: Place, dtype: torch.dtype) -> Cost:
