@@ -11,23 +11,38 @@ from torch import fx
 from torch.fx.node import Node
 
 from convmerge.errors import Refusal
-from convmerge.lower import Regroup
+from convmerge.lower import GraphEdit, Piece, Regroup
 from convmerge.regroup import check_regroup, terms_of
 from convmerge.retrace import Trace
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Trace nodes that one layer can stand for: one value of data in, one value out."""
+    """Trace nodes that one layer can stand for: one value of data in, one value out, or parts of one."""
 
     nodes: tuple[Node, ...]
     source: Node
-    result: Node
+    results: tuple[Node, ...]
+
+    @property
+    def result(self) -> Node:
+        """The one value."""
+        (result,) = self.results
+        return result
 
 
-def cut(trace: Trace, positions: Sequence[int], regroup: Regroup | None = None) -> Cut:
-    """The trace nodes that make the calls at ``positions``; where these are terms of a larger sum, the value
-    that they give is that of the term which is kept.
+def home_of(trace: Trace, edit: GraphEdit) -> Cut:
+    """What the merged layer of an edit stands for. Raises Refusal as :func:`cut`."""
+    return cut(trace, edit.home, edit.regroup, edit.pieces)
+
+
+def cut(
+    trace: Trace, positions: Sequence[int], regroup: Regroup | None = None, pieces: Sequence[Piece] = ()
+) -> Cut:
+    """The trace nodes that make the calls at ``positions``.
+
+    Where these are terms of a larger sum, the value that they give is that of the term which is kept; where
+    they are siblings, the values are those of ``pieces``.
 
     Raises Refusal where they also make other calls, or share values with the rest of the code.
     """
@@ -46,9 +61,10 @@ def cut(trace: Trace, positions: Sequence[int], regroup: Regroup | None = None) 
     results = [n for n in nodes if any(user not in inside for user in n.users)]
     if regroup is not None:
         results = _kept(trace, regroup, results, inside)
-    if len(sources) != 1 or len(results) != 1:
+    wanted = [trace.made_by[piece.position] for piece in pieces] or results[:1]
+    if len(sources) != 1 or not results or set(results) != set(wanted):
         raise Refusal("the code uses a value inside it elsewhere too")
-    return Cut(nodes, sources.pop(), results[0])
+    return Cut(nodes, sources.pop(), tuple(wanted))
 
 
 def _kept(trace: Trace, regroup: Regroup, results: Sequence[Node], inside: set[Node]) -> list[Node]:

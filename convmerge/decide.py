@@ -14,10 +14,20 @@ from torch.fx.node import Node
 from convmerge.capture import Evidence
 from convmerge.constants import Constants
 from convmerge.cost import CostModel, Objective, Roofline
-from convmerge.cuts import cut
+from convmerge.cuts import cut, home_of
 from convmerge.errors import Refusal
 from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
-from convmerge.plan import ChainPlan, Denial, Junction, Planner, Site, plan_junction, units
+from convmerge.plan import (
+    ChainPlan,
+    Denial,
+    Junction,
+    Planner,
+    Siblings,
+    Site,
+    plan_junction,
+    plan_siblings,
+    units,
+)
 from convmerge.recognise import Context
 from convmerge.reduction import find_regions
 from convmerge.regions import Chain, Element, Regions, calls_of
@@ -85,25 +95,32 @@ class Decider:
         edits: dict[Site, Edit] = {}
         traces: dict[str, Trace] = {}
         dirty = set(range(len(planned)))
-        while dirty:
-            problems: dict[Site, str] = {}
+        problems: dict[Site, str] = {}
+        found = Siblings((), ())
+        while dirty or problems:
             for done, index in enumerate(sorted(dirty)):
                 progress("plan", done, len(dirty))
                 plans[index] = _plan(planner, planned[index])
-                for site in plans[index].sites:
-                    try:
-                        edits[site] = lower(self.frames, site.home, site.emptied, self.model)
-                    except Refusal as refusal:
-                        problems[site] = refusal.reason
-            current = {s: edits[s] for plan in plans.values() for s in plan.sites if s not in problems}
+            found = plan_siblings(planner, regions.chains, [s for i in sorted(plans) for s in plans[i].sites])
+            problems = self._lower([site for site in found.sites if site not in edits], edits)
+            current = {site: edits[site] for site in found.sites if site not in problems}
             problems.update(self._conflicts(current))
             traces, untraceable = self._trace_owners({s: e for s, e in current.items() if s not in problems})
             problems.update(untraceable)
             self._forbidden.update({site.ends: reason for site, reason in problems.items()})
             dirty = {i for i, plan in plans.items() if any(s in problems for s in plan.sites)}
-        sites = [site for index in sorted(plans) for site in plans[index].sites]
         denials = [denial for index in sorted(plans) for denial in plans[index].denials]
-        return Decisions(_grouped(sites, edits), tuple(denials), traces, regions)
+        return Decisions(_grouped(found.sites, edits), (*denials, *found.denials), traces, regions)
+
+    def _lower(self, sites: Sequence[Site], edits: dict[Site, Edit]) -> dict[Site, str]:
+        """Find the edit of every site; returns those that have none, and why."""
+        problems: dict[Site, str] = {}
+        for site in sites:
+            try:
+                edits[site] = lower(self.frames, site.home, site.emptied, self.model)
+            except Refusal as refusal:
+                problems[site] = refusal.reason
+        return problems
 
     @cached_property
     def trainable(self) -> frozenset[str]:
@@ -231,7 +248,7 @@ class Decider:
                 try:
                     if reason is not None:
                         raise Refusal(reason)
-                    cut(traces[owner], edit.home, edit.regroup)
+                    home_of(traces[owner], edit)
                     for run in edit.emptied:
                         cut(traces[owner], run)
                 except Refusal as refusal:

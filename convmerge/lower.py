@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx.node import Node
 
 from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
 from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
 from convmerge.recognise import Same
-from convmerge.regions import CHECKS, Block, Edge, Element, Leaf, calls_of, leaves
+from convmerge.regions import CHECKS, Block, Edge, Element, Fork, Leaf, calls_of, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,15 @@ class Regroup:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a layer's output: the value of the call at ``position``, ``size`` channels on ``axis``."""
+
+    position: int
+    size: int
+    axis: int
+
+
+@dataclass(frozen=True)
 class GraphEdit:
     """Calls inside the code of the module at ``owner``, by their position among all calls made in it.
 
@@ -74,6 +84,7 @@ class GraphEdit:
         emptied: positions of the calls that vanish, one tuple for each run.
         opened: paths of submodules whose own code is edited too.
         regroup: for a part of a larger sum, what becomes of that.
+        pieces: for siblings, the values that are parts of the merged layer's output, in its order.
     """
 
     owner: str
@@ -81,6 +92,7 @@ class GraphEdit:
     emptied: tuple[tuple[int, ...], ...]
     opened: frozenset[str] = field(default_factory=frozenset)
     regroup: Regroup | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 Edit = UnitEdit | GraphEdit
@@ -131,6 +143,8 @@ def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -
     try:
         if open_block(home) is not None:
             raise Refusal("the sum has a term that starts from another value")
+        if fork_of(home) is not None:
+            raise Refusal("the code that calls the siblings is not known")
         return _as_units(frames, home, emptied, model)
     except Refusal as refusal:
         unit_reason = refusal.reason
@@ -304,7 +318,10 @@ def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], m
         return tuple(sorted(position[n] for n in calls_of(run.elements)))
 
     gone = tuple(where(run) for run in emptied)
-    return GraphEdit(owner.path, where(home), gone, frozenset(opened), regroup)
+    pieces: tuple[Piece, ...] = ()
+    if (fork := fork_of(home)) is not None:
+        pieces = tuple(_piece(frames.evidence, fork, branch[-1].target, position) for branch in fork.branches)
+    return GraphEdit(owner.path, where(home), gone, frozenset(opened), regroup, pieces)
 
 
 def _below(call: Call, owner: Frame) -> tuple[Frame, ...]:
@@ -315,7 +332,46 @@ def _below(call: Call, owner: Frame) -> tuple[Frame, ...]:
 def open_block(run: Run) -> Block | None:
     """The part of a larger sum in which a run ends."""
     last = run.elements[-1]
-    return last if isinstance(last, Block) and last.partial else None
+    return last if isinstance(last, Block) and last.partial and not isinstance(last, Fork) else None
+
+
+def fork_of(run: Run) -> Fork | None:
+    """The siblings that a run is."""
+    return run.elements[0] if isinstance(run.elements[0], Fork) else None
+
+
+def _piece(evidence: Evidence, fork: Fork, value: Node, position: dict[Node, int]) -> Piece:
+    assert fork.axis is not None
+    channels = sum(evidence.size(branch[-1].target)[fork.axis] for branch in fork.branches)
+    check_views(evidence, value, fork.axis, channels)
+    return Piece(position[value], evidence.size(value)[fork.axis], fork.axis)
+
+
+# Views of a tensor that work at any strides.
+_VIEWS = frozenset(["transpose", "permute", "unsqueeze", "select", "slice", "detach", "alias", "expand", "t"])
+
+
+def check_views(evidence: Evidence, value: Node, axis: int, channels: int) -> None:
+    """A value that becomes a part of a larger one is not contiguous: its views must not need that.
+
+    Raises Refusal.
+    """
+    size = list(evidence.size(value))
+    size[axis] = channels
+    part = torch.empty(size, device="meta").narrow(axis, 0, evidence.size(value)[axis])
+    pending: list[tuple[Node, Tensor]] = [(value, part)]
+    while pending:
+        node, strided = pending.pop()
+        for user in node.users:
+            call = evidence.calls.get(user)
+            if call is None or call.op not in _VIEWS | {"view", "_unsafe_view"} or user.args[0] is not node:
+                continue
+            try:
+                pending.append((user, user.target(strided, *user.args[1:], **user.kwargs)))  # type: ignore[operator]
+            except Exception as error:  # torch raises RuntimeError, or others from argument checks
+                raise Refusal(
+                    "a part of a larger tensor is no contiguous one, which a view of it needs"
+                ) from error
 
 
 def dropped_edges(block: Block) -> list[Edge]:

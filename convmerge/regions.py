@@ -100,6 +100,11 @@ class Block:
     axis: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Fork(Block):
+    """Operators on one value that stand by themselves; as one operator its outputs are theirs in a row."""
+
+
 Element = Leaf | Block
 Chain = tuple[Element, ...]
 

@@ -106,7 +106,7 @@ class Replay:
     def _response(self, element: Element, x: Tensor) -> Tensor:
         if isinstance(element, Block) and element.partial:
             branches = [self._walk(branch, x) for branch in element.branches]
-            return torch.stack(branches).sum(0)
+            return torch.stack(branches).sum(0) if element.axis is None else torch.cat(branches, element.axis)
         if isinstance(element, Share):
             return self._share(element, x)
         if isinstance(element, Leaf) and element.implied:

@@ -13,8 +13,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import Node
 
-from convmerge.cuts import Cut, carries_data, cut
-from convmerge.lower import GraphEdit, UnitEdit
+from convmerge.cuts import Cut, carries_data, cut, home_of
+from convmerge.lower import GraphEdit, Piece, UnitEdit
 from convmerge.regroup import regroup
 from convmerge.retrace import Trace
 from convmerge.sequential import as_sequential
@@ -125,14 +125,17 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         assert isinstance(edit, GraphEdit)
         for run in edit.emptied:
             _replace(graph, cut(trace, run), copies, None)
-        home = cut(trace, edit.home, edit.regroup)
+        home = home_of(trace, edit)
         if replacement.layer is None:
             _replace(graph, home, copies, None)
             continue
         name = _place_name(owner, trace, home, index, taken)
         old = _child(owner, name)
         _place(owner, name, stand_in(replacement.layer, old) if old is not None else replacement.layer)
-        _replace(graph, home, copies, name)
+        if edit.pieces:
+            _replace_by_parts(graph, home, copies, name, edit.pieces)
+        else:
+            _replace(graph, home, copies, name)
     _drop_dead(graph, owner)
     graph.lint()
     if (chain := as_sequential(owner, graph)) is not None:
@@ -154,6 +157,24 @@ def _replace(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str | N
     for node in reversed(nodes):
         graph.erase_node(node)
     copies[part.result] = new  # another replacement may begin here
+
+
+def _replace_by_parts(
+    graph: fx.Graph, whole: Cut, copies: dict[Node, Node], name: str, pieces: Sequence[Piece]
+) -> None:
+    """Put parts of the output of the module ``name`` in place of the results of a cut."""
+    start = 0
+    with graph.inserting_before(copies[whole.nodes[0]]):
+        value = graph.call_module(name, (copies[whole.source],))
+        parts = []
+        for piece in pieces:
+            parts.append(graph.call_method("narrow", (value, piece.axis, start, piece.size)))
+            start += piece.size
+    for result, part in zip(whole.results, parts, strict=True):
+        copies[result].replace_all_uses_with(part)
+    for node in reversed(whole.nodes):
+        graph.erase_node(copies[node])
+    copies.update(zip(whole.results, parts, strict=True))
 
 
 def _drop_dead(graph: fx.Graph, owner: nn.Module) -> None:

@@ -16,7 +16,7 @@ from convmerge.layers import Built
 from convmerge.plan import Denial, Site
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.recognise.generated import APPLY
-from convmerge.regions import Block, Element, Leaf, Regions, calls_of, leaves
+from convmerge.regions import Block, Element, Fork, Leaf, Regions, calls_of, leaves
 from convmerge.report import SiteReport
 
 
@@ -141,7 +141,10 @@ def _operators(elements: Sequence[Element]) -> tuple[str, ...]:
     for element in elements:
         if isinstance(element, Block):
             branches = [_branch(branch) for branch in element.branches]
-            names.append("+".join(branches) if element.joined == "sum" else f"cat({', '.join(branches)})")
+            if isinstance(element, Fork):
+                names.append(" | ".join(branches))
+            else:
+                names.append("+".join(branches) if element.joined == "sum" else f"cat({', '.join(branches)})")
         elif not isinstance(element.step, Same):
             names.append(element.step.kind)
     return tuple(names)
@@ -163,12 +166,17 @@ def _tree(elements: Sequence[Element], indent: str = "") -> tuple[str, ...]:
         if isinstance(element, Leaf):
             lines.extend(indent + name for name in _operators([element]))
             continue
-        word = "sum" if element.joined == "sum" else "concatenation"
-        lines.append(f"{indent}{word} of {len(element.branches)} branches")
+        lines.append(indent + _heading(element))
         for branch in element.branches:
             words = " → ".join(_operators(branch)) or "identity"
             lines.extend(_tree(branch, indent + "  ") or (f"{indent}  {words}",))
     return tuple(lines)
+
+
+def _heading(block: Block) -> str:
+    if isinstance(block, Fork):
+        return f"{len(block.branches)} layers on one value"
+    return f"{'sum' if block.joined == 'sum' else 'concatenation'} of {len(block.branches)} branches"
 
 
 def _geometry_words(decider: Decider, elements: Sequence[Element]) -> str:

@@ -132,10 +132,10 @@ JOINS = ("add", "sub", "alpha", "iadd", "cat")
 def check(seed: int) -> Counter[str]:
     """Fuse one random model; returns how many sites there were by action."""
     model = RandomModel(seed).double().eval()
-    x = torch.randn(2, model.channels, SIZE, SIZE + 2, dtype=torch.float64)
+    x = torch.randn(1 + seed % 2, model.channels, SIZE, SIZE + 2, dtype=torch.float64)
     with torch.no_grad():
         result = convmerge.fuse(model, x)
-        for inputs in (x, torch.randn(1, model.channels, SIZE + 1, SIZE, dtype=torch.float64)):
+        for inputs in (x, torch.randn(3, model.channels, SIZE + 1, SIZE, dtype=torch.float64)):
             try:
                 wanted = model(inputs)
             except RuntimeError:  # too small for this model

@@ -28,7 +28,7 @@ from convmerge.fold import (
 )
 from convmerge.lower import Run
 from convmerge.recognise import Passage, Same
-from convmerge.regions import Chain, Element, Join, Leaf, Via
+from convmerge.regions import Chain, Element, Fork, Join, Leaf, Via
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,9 @@ def run_geometries(evidence: Evidence, elements: Chain, runs: Sequence[Run]) -> 
 
 
 def ends_of(elements: Sequence[Element]) -> tuple[Node, Node]:
-    """Source and target of elements, identities at either end not counted."""
+    """Source and target of elements, identities at either end not counted; of siblings the last and first."""
+    if elements and isinstance(fork := elements[0], Fork):
+        return fork.branches[-1][-1].target, fork.target
     solid = [e for e in elements if not is_same(e)] or list(elements)
     return solid[0].source, solid[-1].target
 
