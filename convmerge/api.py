@@ -210,6 +210,8 @@ def fuse(
 ) -> Result:
     """Merge what can be merged exactly and pays, and verify the result.
 
+    Channels that masks or zero weights have silenced are removed first, and masks become part of weights.
+
     Args:
         model: any module; it is treated in eval mode. It is not changed.
         example_inputs: a tensor, a tuple or list of forward's arguments, a dict of keyword arguments, or

@@ -149,7 +149,10 @@ def fuse_command(
     choice: Choice,
     printing: Printing,
 ) -> int:
-    """Merge, verify, write. Nothing is written unless the result is the same function."""
+    """Merge, remove channels that pruning has silenced, verify, write.
+
+    Nothing is written unless the result is the same function.
+    """
     from convmerge import api, io, render
 
     if output is None and not dry_run:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx.node import Node
 from torch.nn.utils import parametrize
 
-from convmerge.capture import capture, copy_model, plain_defaults
+from convmerge.capture import capture, plain_defaults
 from convmerge.constants import Constants
 from convmerge.emit.build import round_once
 from convmerge.errors import Refusal
@@ -29,6 +29,7 @@ from convmerge.passes.channels.layers import Edits, Owners, Place, can_shift, pr
 from convmerge.passes.channels.liveness import Liveness, facts, weight_of
 from convmerge.passes.channels.rows import SILENCED, rows
 from convmerge.passes.channels.shrink import shrink
+from convmerge.passes.edits import shallow_copy
 from convmerge.report import SiteReport
 from convmerge.tracing import quiet
 from convmerge.verification.compare import compare
@@ -43,6 +44,8 @@ def remove_silenced(
     why: str = SILENCED,
 ) -> Prepared:
     """A model without its silenced channels, with the masks of pruning made part of the weights.
+
+    It shares the tensors that stay as they are with the model.
 
     Args:
         model: in eval mode; not changed.
@@ -65,7 +68,7 @@ def remove_silenced(
             return Prepared(model, inputs, sites)
         if evidence.eager:
             return Prepared(model, inputs, refused(sites))
-        changed = copy_model(model)
+        changed = shallow_copy(model)
         removal.edits.apply(changed)
         certain = not alignment.assumed and not owners.trusted
         if certain or compare(model, changed, inputs, more=False).equal:
@@ -84,7 +87,7 @@ def is_static(model: nn.Module, inputs: Inputs) -> bool:
         bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
         absent = {k: v for k, v in plain_defaults(model).items() if k not in bound.arguments}
         with quiet():
-            fx.Tracer().trace(copy_model(model), concrete_args=absent or None)
+            fx.Tracer().trace(shallow_copy(model), concrete_args=absent or None)
     except Exception:  # torch.fx raises many types on code it cannot follow
         return False
     return True
@@ -101,6 +104,8 @@ def may_be_silenced(model: nn.Module) -> bool:
 def _has_silence(module: nn.Module) -> bool:
     if parametrize.is_parametrized(module) or any(pruned(module, name) for name in ("weight", "bias")):
         return True
+    if isinstance(module, nn.Embedding):  # its rows are no channels; that of padding is zero
+        return False
     for name, parameter in module._parameters.items():
         if parameter is None or not parameter.is_floating_point() or not parameter.numel():
             continue

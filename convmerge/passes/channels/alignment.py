@@ -191,8 +191,9 @@ class Alignment:
 
     def assume(self, call: Call, ids: Tensor, what: str) -> None:
         """Rely on the model's code to compute a size that the graph shows as a number; or keep ``ids``."""
-        self.assumed.add(call.node)
-        if not self.trusting:
+        if self.trusting:
+            self.assumed.add(call.node)
+        else:
             self.fix(ids, f"{call.leaf} {what}")
 
     def groups(self) -> Tensor:

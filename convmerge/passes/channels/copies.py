@@ -7,6 +7,7 @@ and factors too where it is homogeneous. Numbers are compared as they are, in fl
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,35 +200,60 @@ def _shifts(step: Lanes) -> bool:
     return step.call.op in ("add", "sub") and not isinstance(step.call.args["other"], Node)
 
 
-def _rows(alignment: Alignment, mix: Mix) -> Iterator[tuple[Hashable, Tensor]]:
-    """The numbers that make each output channel, with its group: weights, then the bias."""
-    blocks = mix.blocks(weight_of(alignment, mix.weight).detach())
-    groups, outputs = blocks.shape[:2]
-    bias = None if mix.bias is None else weight_of(alignment, mix.bias).detach().reshape(groups, outputs)
-    for group in range(groups):
-        for row in range(outputs):
-            taps = blocks[group, row].reshape(-1).double()
-            yield group, taps if bias is None else torch.cat([taps, bias[group, row].double().reshape(1)])
+class Rows:
+    """The numbers that make each output channel of a layer: its weights, then its bias.
+
+    Args:
+        blocks: weights of shape (groups, out / groups, in / groups, taps).
+        bias: shape (out,), or None.
+    """
+
+    def __init__(self, blocks: Tensor, bias: Tensor | None) -> None:
+        self._blocks, self._bias = blocks, bias
+        self.outputs = blocks.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._blocks) * self.outputs
+
+    def row(self, index: int) -> Tensor:
+        """All numbers of one channel, in float64."""
+        taps = self._blocks[index // self.outputs, index % self.outputs].reshape(-1).double()
+        return taps if self._bias is None else torch.cat([taps, self._bias[index : index + 1].double()])
+
+    def may_repeat(self) -> bool:
+        """Whether the first numbers of two rows of a group are multiples: a quick look."""
+        start = self._blocks.flatten(2)[:, :, :LOOK].double()
+        lead = start.gather(2, (start != 0).int().argmax(2, keepdim=True))
+        quotients = (start / lead).where(lead != 0, 0.0).numpy()
+        return any(len({row.tobytes() for row in group}) < len(group) for group in quotients)
 
 
-def multiples(rows: Iterator[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, float]]:
-    """A key that is the same for rows that are multiples of one another, and the factor of each.
+LOOK = 16
+
+
+def _rows(alignment: Alignment, mix: Mix) -> Rows:
+    bias = None if mix.bias is None else weight_of(alignment, mix.bias).detach()
+    return Rows(mix.blocks(weight_of(alignment, mix.weight).detach()), bias)
+
+
+def multiples(rows: Rows) -> Iterator[tuple[Hashable, float]]:
+    """For every row a key that is the same for multiples of one another, and its factor.
 
     The quotients of a row by its first entry that is not zero are those of any exact multiple of it, since
-    division rounds correctly. Where the product is not exact, so that the row is no multiple of the first one
-    with its key, it gets a key of its own.
+    division rounds correctly. A row that is still no exact multiple of the first one with its key gets a key
+    of its own.
     """
-    first: dict[Hashable, Tensor] = {}
-    for index, (group, row) in enumerate(rows):
+    first: dict[Hashable, int] = {}
+    for index in range(len(rows)):
+        row = rows.row(index)
         nonzero = row.nonzero()
         if not len(nonzero):
-            yield (group, index), 1.0  # silenced, which is another matter
+            yield index, 1.0  # silenced, which is another matter
             continue
         lead = float(row[nonzero[0, 0]])
-        key = (group, (row / lead).numpy().tobytes())
-        known = first.setdefault(key, row)
+        digest = hashlib.blake2b((row / lead).numpy().tobytes(), digest_size=16).digest()
+        key = (index // rows.outputs, digest)
+        known = rows.row(first.setdefault(key, index))
         ratio = lead / float(known[nonzero[0, 0]])
-        if torch.equal(known * ratio, row):
-            yield key, ratio
-        else:
-            yield (group, index), 1.0
+        exact = ratio == 1.0 if first[key] == index else torch.equal(known * ratio, row)
+        yield (key, ratio) if exact else (index, 1.0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -230,16 +231,31 @@ class Liveness:
         self._even_out_all()
 
     def _even_out_all(self) -> None:
-        changed = True
-        while changed:
-            changed = any([self._even_out(parts) for parts in self.alignment.parts])
+        parts = self.alignment.parts
+        pending = dict.fromkeys(range(len(parts)))
+        while pending:
+            first = next(iter(pending))
+            del pending[first]
+            for channel in self._even_out(parts[first]):
+                pending.update(dict.fromkeys(self._touching[channel]))
 
-    def _even_out(self, parts: EqualParts) -> bool:
+    @cached_property
+    def _touching(self) -> dict[int, list[int]]:
+        """The equal parts that a channel is in, by the smallest id that it is tied to."""
+        found: dict[int, list[int]] = {}
+        for index, parts in enumerate(self.alignment.parts):
+            sides = [parts.ids] if parts.beside is None else [parts.ids, parts.beside]
+            for group in torch.cat([self._groups[side].flatten() for side in sides]).tolist():
+                found.setdefault(group, []).append(index)
+        return found
+
+    def _even_out(self, parts: EqualParts) -> list[int]:
+        """Let channels stay where others have more; returns which."""
         sides = [parts.ids] if parts.beside is None else [parts.ids, parts.beside]
         there = torch.ones(len(parts.ids), dtype=torch.bool)
         if parts.beside is not None:
             there = torch.stack([self.kept(side).any(1) for side in sides]).any(0)
-        changed = False
+        returned: list[int] = []
         for side in sides:
             kept = self.kept(side)
             least = int(kept.sum(1).max().clamp(min=1))
@@ -248,5 +264,5 @@ class Liveness:
             back = ~kept & (order <= missing.unsqueeze(1))
             if back.any():
                 self.keep(side[back], parts.reason)
-                changed = True
-        return changed
+                returned += self._groups[side[back]].tolist()
+        return returned
