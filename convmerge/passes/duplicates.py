@@ -20,7 +20,7 @@ from convmerge.errors import Refusal
 from convmerge.inputs import Inputs
 from convmerge.passes import Prepared
 from convmerge.passes.channels.alignment import Alignment, Mix, align, mixes
-from convmerge.passes.channels.copies import Copy, copies, multiples
+from convmerge.passes.channels.copies import Copy, Rows, copies
 from convmerge.passes.channels.layers import Edits, Owners, protect
 from convmerge.passes.channels.liveness import COMPUTED, Liveness, facts, weight_of
 from convmerge.passes.silenced import remove_silenced
@@ -57,20 +57,12 @@ def may_have_copies(model: nn.Module) -> bool:
     return any(_has_copies(module) for module in model.modules() if isinstance(module, LAYERS))
 
 
-def _has_copies(module: nn.Module) -> bool:
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or len(weight) < 2:
+def _has_copies(layer: nn.Module) -> bool:
+    weight, groups = getattr(layer, "weight", None), getattr(layer, "groups", 1)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or not weight.numel():
         return False
-    rows = weight.detach().cpu().transpose(0, int(getattr(module, "transposed", False)))
-    keys = set()
-    for index, row in enumerate(rows):
-        taps = row.reshape(-1).double()
-        if isinstance(bias, torch.Tensor) and len(bias) == len(rows):
-            taps = torch.cat([taps, bias[index : index + 1].detach().cpu().double()])
-        group = index * getattr(module, "groups", 1) // len(rows)
-        ((key, _),) = multiples(iter([(group, taps)]))
-        keys.add(key if taps.any() else index)
-    return len(keys) < len(rows)
+    blocks = weight.detach().cpu().reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    return Rows(blocks.transpose(1, 2) if getattr(layer, "transposed", False) else blocks, None).may_repeat()
 
 
 def _once(
