@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from convmerge.benchmark import Benchmark, benchmark
-from convmerge.capture import capture, copy_model
+from convmerge.capture import Evidence, capture, copy_model
 from convmerge.cost import CostModel, Objective, Roofline
 from convmerge.counts import count
 from convmerge.decide import Decider, Decisions
@@ -26,6 +26,7 @@ from convmerge.passes import Pass, Prepared
 from convmerge.passes.bind import bind as bind_pass
 from convmerge.passes.duplicates import remove_duplicates
 from convmerge.passes.fully_conv import fully_convolutional
+from convmerge.passes.generator import fold_into_generators
 from convmerge.passes.silenced import remove_silenced
 from convmerge.report import Report, SiteReport, Verification, saving_of
 from convmerge.rewrite import Replacement, apply
@@ -79,7 +80,10 @@ class _Options:
             found.append(("fully-conv", partial(fully_convolutional, average=self.average)))
         found.append(("prune", partial(remove_silenced, only=self.only, skip=self.skip)))
         found.append(("duplicates", partial(remove_duplicates, only=self.only, skip=self.skip)))
-        return found
+        kernels = partial(
+            fold_into_generators, only=self.only, skip=self.skip, objective=self.objective, seed=self.seed
+        )
+        return [*found, ("kernels", kernels)]
 
 
 @dataclass(eq=False)
@@ -102,6 +106,7 @@ class _Run:
     warnings: list[str] = field(default_factory=list)
     sites: list[SiteReport] = field(default_factory=list)
     verification: Verification | None = None
+    evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
         check_module(self.model)
@@ -145,6 +150,7 @@ class _Run:
             self.sites += [replace(s, action="refuse", reason=GUILTY) for s in prepared.sites]
             return
         self.sites += prepared.sites
+        self.evidence = prepared.evidence if verdict is not None else prepared.evidence or self.evidence
         if verdict is not None:
             self.model, self.inputs, self.reference = prepared.model, prepared.inputs, reference
             self.verification = verdict
@@ -152,7 +158,7 @@ class _Run:
     def decide(self) -> tuple[Decider, Decisions]:
         """Capture what the passes left, and plan."""
         with self.stage("capture"):
-            evidence = capture(self.model, self.inputs)
+            evidence = self.evidence or capture(self.model, self.inputs)
         if evidence.eager:
             self.warnings.append(
                 "torch.export cannot follow this model; the calls of one real run were used instead"

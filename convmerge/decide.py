@@ -134,8 +134,8 @@ class Decider:
 
     def _allowed(self, elements: Sequence[Element]) -> bool:
         paths = site_paths(self.evidence, elements)
-        wanted = not self.only or any(_matches(path, self.only) for path in paths)
-        return wanted and not any(_matches(path, self.skip) for path in paths)
+        wanted = not self.only or any(matches(path, self.only) for path in paths)
+        return wanted and not any(matches(path, self.skip) for path in paths)
 
     def _conflicts(self, edits: dict[Site, Edit]) -> dict[Site, str]:
         """Sites that change a module which other calls, sites or names need as it is."""
@@ -272,7 +272,8 @@ def _plan(planner: Planner, unit: Chain | Junction) -> ChainPlan:
     return plan_junction(planner, unit) if isinstance(unit, Junction) else planner.plan(unit)
 
 
-def _matches(path: str, globs: Sequence[str]) -> bool:
+def matches(path: str, globs: Sequence[str]) -> bool:
+    """Whether a module path, or one that it is inside of, is meant by one of the globs."""
     return any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*") for glob in globs)
 
 

@@ -148,7 +148,7 @@ def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -
         return _as_units(frames, home, emptied, model)
     except Refusal as refusal:
         unit_reason = refusal.reason
-    owner = _innermost_common(frames, [home, *emptied])
+    owner = innermost_common(frames, [n for run in (home, *emptied) for n in calls_of(run.elements)])
     if owner.path not in frames.evidence.signatures:
         raise Refusal(unit_reason)
     return _as_graph(frames, owner, home, emptied, model)
@@ -284,9 +284,8 @@ def check_hooks(module: nn.Module, path: str) -> None:
             raise Refusal(f"{path or 'the model'} has a hook, which would be lost")
 
 
-def _innermost_common(frames: Frames, runs: Sequence[Run]) -> Frame:
-    nodes = [node for run in runs for node in calls_of(run.elements)]
-    nodes += [node for run in runs if (block := open_block(run)) is not None for node in block.sums]
+def innermost_common(frames: Frames, nodes: Iterable[Node]) -> Frame:
+    """The innermost module call in which all calls were made."""
     stacks = [frames.call(node).stack for node in nodes]
     common = ROOT
     for level in zip(*stacks, strict=False):

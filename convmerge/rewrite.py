@@ -36,7 +36,7 @@ def apply(model: nn.Module, replacements: Sequence[Replacement], traces: Mapping
         replacements: with edits that do not overlap.
         traces: owner path → its trace, for graph edits.
     """
-    tree = _Tree(model)
+    tree = Tree(model)
     by_owner: dict[str, list[Replacement]] = {}
     for replacement in replacements:
         if isinstance(replacement.edit, GraphEdit):
@@ -55,7 +55,7 @@ def _depth(path: str) -> int:
     return path.count(".") + 1 if path else 0
 
 
-class _Tree:
+class Tree:
     """A module tree in which modules can be replaced, each under all of its names, without a search."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -82,7 +82,7 @@ class _Tree:
                 self._names[id(child)].append((parent, name))
 
 
-def _apply_units(tree: _Tree, edit: UnitEdit, layer: nn.Module) -> None:
+def _apply_units(tree: Tree, edit: UnitEdit, layer: nn.Module) -> None:
     for path in edit.emptied:
         old = tree.get(path)
         tree.put(old, stand_in(nn.Identity(), old))
@@ -124,10 +124,10 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         edit = replacement.edit
         assert isinstance(edit, GraphEdit)
         for run in edit.emptied:
-            _replace(graph, cut(trace, run), copies, None)
+            replace_part(graph, cut(trace, run), copies, None)
         home = home_of(trace, edit)
         if replacement.layer is None:
-            _replace(graph, home, copies, None)
+            replace_part(graph, home, copies, None)
             continue
         name = _place_name(owner, trace, home, index, taken)
         old = _child(owner, name)
@@ -135,7 +135,7 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         if edit.pieces:
             _replace_by_parts(graph, home, copies, name, edit.pieces)
         else:
-            _replace(graph, home, copies, name)
+            replace_part(graph, home, copies, name)
     _drop_dead(graph, owner)
     graph.lint()
     if (chain := as_sequential(owner, graph)) is not None:
@@ -146,7 +146,7 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
     return stand_in(module, owner)
 
 
-def _replace(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str | None) -> None:
+def replace_part(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str | None) -> None:
     """Put a call of the module ``name``, or nothing, in place of the nodes of a cut."""
     nodes = [copies[node] for node in part.nodes]
     result = copies[part.result]

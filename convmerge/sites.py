@@ -51,7 +51,7 @@ def _merge_row(
     found = built.probe if built is not None else None
     return SiteReport(
         place=_place(decider, site.elements),
-        operators=_operators(site.elements),
+        operators=operator_names(site.elements),
         geometry=describe_geometry(site.geometry),
         action="merge" if refusal is None else "refuse",
         reason=_outcome(site) if refusal is None else refusal,
@@ -59,7 +59,7 @@ def _merge_row(
         tree=_tree(site.elements),
         error=found.error if found is not None else None,
         bound=found.bound if found is not None else None,
-        **_figures(site.before, site.after),
+        **figures(site.before, site.after),
     )
 
 
@@ -73,22 +73,22 @@ def _outcome(site: Site) -> str:
 def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
     keep = denial.after is not None and denial.before is not None
     reason = denial.reason
-    figures: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     if denial.before is not None and denial.after is not None:
-        reason = f"{reason}: {_comparison(denial.before, denial.after)}"
-        figures = _figures(denial.before, denial.after)
+        reason = f"{reason}: {comparison(denial.before, denial.after)}"
+        numbers = figures(denial.before, denial.after)
     return SiteReport(
         place=_place(decider, denial.elements),
-        operators=_operators(denial.elements),
+        operators=operator_names(denial.elements),
         geometry=_geometry_words(decider, denial.elements),
         action="keep" if keep else "refuse",
         reason=reason,
         tree=_tree(denial.elements),
-        **figures,
+        **numbers,
     )
 
 
-def _comparison(before: Cost, after: Cost) -> str:
+def comparison(before: Cost, after: Cost) -> str:
     """The figure that speaks most clearly against the merge."""
     if after.macs > before.macs:
         return f"{_ratio(after.macs, before.macs)} the MACs"
@@ -102,7 +102,8 @@ def _ratio(after: float, before: float) -> str:
     return f"{after / before:.2f}×" if before else "more than"
 
 
-def _figures(before: Cost, after: Cost) -> dict[str, Any]:
+def figures(before: Cost, after: Cost) -> dict[str, Any]:
+    """What things cost as they are and merged, as fields of a report's row."""
     return {
         "macs_before": before.macs,
         "macs_after": after.macs,
@@ -128,15 +129,20 @@ def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteRe
 
 
 def _place(decider: Decider, elements: Sequence[Element]) -> str:
+    return place_name(site_paths(decider.evidence, elements))
+
+
+def place_name(paths: Sequence[str]) -> str:
     """The module that contains the operators where it is one of theirs, else the first and the last."""
-    paths = [p for p in site_paths(decider.evidence, elements) if p] or [""]
+    paths = [p for p in paths if p] or [""]
     for path in paths:
         if all(other == path or other.startswith(f"{path}.") for other in paths):
             return path
     return f"{paths[0]} … {paths[-1]}"
 
 
-def _operators(elements: Sequence[Element]) -> tuple[str, ...]:
+def operator_names(elements: Sequence[Element]) -> tuple[str, ...]:
+    """The operators in words."""
     names: list[str] = []
     for element in elements:
         if isinstance(element, Block):
@@ -151,7 +157,7 @@ def _operators(elements: Sequence[Element]) -> tuple[str, ...]:
 
 
 def _branch(branch: Sequence[Element]) -> str:
-    names = _operators(branch)
+    names = operator_names(branch)
     if not names:
         return "identity"
     return f"({' → '.join(names)})" if len(names) > 1 else names[0]
@@ -164,11 +170,11 @@ def _tree(elements: Sequence[Element], indent: str = "") -> tuple[str, ...]:
         return ()
     for element in elements:
         if isinstance(element, Leaf):
-            lines.extend(indent + name for name in _operators([element]))
+            lines.extend(indent + name for name in operator_names([element]))
             continue
         lines.append(indent + _heading(element))
         for branch in element.branches:
-            words = " → ".join(_operators(branch)) or "identity"
+            words = " → ".join(operator_names(branch)) or "identity"
             lines.extend(_tree(branch, indent + "  ") or (f"{indent}  {words}",))
     return tuple(lines)
 

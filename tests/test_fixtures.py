@@ -81,6 +81,7 @@ class Case:
 
 
 ALLOW = ("--allow", "fixtures.blocks")
+HYPERNETWORK = (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")
 CASES = {
     "block_diagonal_grouped": Case({"linear": 1}),
     "block_diagonal_loop": Case({"linear": 1}, ALLOW),
@@ -89,7 +90,7 @@ CASES = {
     "conv_chain": Case({"conv": 1}),
     "do_conv": Case({"conv": 2}, ALLOW),
     "edsr": Case(None, traced=True),
-    "hypernetwork": Case({"conv": 2, "linear": 2}, (*ALLOW, "--inputs", "fixtures/hypernetwork_inputs.pt")),
+    "hypernetwork": Case({"conv": 1, "linear": 2}, HYPERNETWORK, traced=True),
     "linear_head": Case({"conv": 1}),
     "classifier": Case({"conv": 2, "linear": 2}),
     "lora": Case({"linear": 2}, ALLOW),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from convmerge.capture import Evidence
 from convmerge.inputs import Inputs
 from convmerge.report import SiteReport
 
@@ -27,6 +28,7 @@ class Prepared:
         reference: computes on ``inputs`` what ``model`` must compute there, where the model that the pass was
             given does not (it takes other inputs, say). Only ever run, never written. None: the model before.
         required: without it the result is not what was asked for: where it fails its check, that is an error.
+        evidence: what ``model`` computes, where the pass has captured that.
     """
 
     model: nn.Module
@@ -34,6 +36,7 @@ class Prepared:
     sites: tuple[SiteReport, ...] = ()
     reference: nn.Module | None = None
     required: bool = False
+    evidence: Evidence | None = None
 
 
 Pass = Callable[[nn.Module, Inputs], Prepared]
