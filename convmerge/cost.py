@@ -103,7 +103,6 @@ _LAYERS: dict[str, Kind] = {
     "batched_linear": "batched_linear",
     "batched_rows": "batched_rows",
     "conv": "conv",
-    "averaging": "averaging",
     "conv_transpose": "conv_transpose",
 }
 # Operators that are not convolutions or linear layers, by name → kind.

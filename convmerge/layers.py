@@ -95,7 +95,7 @@ def _plain(
 ) -> tuple[nn.Module, nn.Module]:
     """One form, as layers in float64 and in the dtype of ``style``."""
     form = site_numbers(site, decider.evidence)
-    resampled = any(layer.kind in ("avg_pool", "averaging", "nearest") for layer in emission.layers)
+    resampled = any(layer.kind in ("avg_pool", "nearest") for layer in emission.layers)
     if resampled and form.bias is None and site.geometry.bias:
         form = form.with_bias(torch.zeros(form.geometry.out_channels, dtype=torch.float64))
     elif form.geometry != site.geometry:  # a bias turned out to be zero

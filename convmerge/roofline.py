@@ -108,7 +108,7 @@ def layer_load(
     maps = batch * activations(g, size) * bytes_of(dtype)
     weights = g.weights * bytes_of(dtype)
     work = float(batch * g.macs(size))
-    if layer.kind in ("conv", "averaging"):
+    if layer.kind == "conv":
         return _convolution(g, size, batch, dtype)
     if layer.kind == "batched_linear":
         return _batched(g, batch, dtype, 1.0, BATCHED_WEIGHTS)

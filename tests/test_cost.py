@@ -118,17 +118,8 @@ def pool(channels: int, kernel: int, stride: int) -> Geometry:
     return from_axes(channels, channels, channels, [Axis(kernel, 1, stride, 1, 0, 0)] * 2)
 
 
-def test_a_transition_of_densenet_averages_first_by_a_depthwise_convolution() -> None:
-    ways = swapped(pool(128, 2, 2), mix(256, 128), "avg_pool")
-    pooled, averaged = (emission_cost(way, (56, 56)) for way in ways)
-    apart = emission_cost(emissions(mix(256, 128))[0], (56, 56)).macs
-    assert averaged.latency < pooled.latency
-    assert averaged.macs == pooled.macs + 256 * 4 * 28 * 28
-    assert averaged.macs < 0.27 * apart
-
-
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (3, 1)])
-def test_averages_taken_either_way_are_the_same_form(kernel: int, stride: int) -> None:
+def test_a_mix_after_the_pool_is_the_same_form(kernel: int, stride: int) -> None:
     generator = torch.Generator().manual_seed(7)
     weight, bias, x = (
         torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -138,6 +129,6 @@ def test_averages_taken_either_way_are_the_same_form(kernel: int, stride: int) -
     inner = Affine(mix(3, 5), weight, bias)
     outer = Affine(pool(5, kernel, stride), taps)
     expected = outer(inner(x))
-    for way in swapped(outer.geometry, inner.geometry, "avg_pool"):
-        layers = build(compose(outer, inner), way, torch.float64)
-        assert torch.allclose(layers(x), expected, rtol=1e-13, atol=1e-13)
+    way = swapped(outer.geometry, inner.geometry, "avg_pool")
+    layers = build(compose(outer, inner), way, torch.float64)
+    assert torch.allclose(layers(x), expected, rtol=1e-13, atol=1e-13)

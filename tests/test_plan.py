@@ -312,3 +312,13 @@ def test_pointwise_forms_move_past_passages(make: Maker) -> None:
     planner, chain = planned(model, normal(*MAP))
     plan = planner.plan(chain)
     assert [len(site.emptied) for site in plan.sites] == [1], plan.denials
+
+
+@pytest.mark.parametrize(("channels", "size"), [(256, 56), (512, 28), (1024, 14)])
+def test_transitions_of_densenet_pool_before_they_mix_channels(channels: int, size: int) -> None:
+    """A strided convolution is predicted to be faster by little, at four times the MACs."""
+    model = nn.Sequential(nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2))
+    site = site_at(report_of(model, torch.randn(1, channels, size, size)), "merge")
+    assert site.reason == f"AvgPool2d(2×2) → Conv2d({channels}, {channels // 2}, 1×1)"
+    assert site.macs_before == 4 * site.macs_after
+    assert site.latency_after < site.latency_before

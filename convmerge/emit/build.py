@@ -47,8 +47,7 @@ def build(
     modules: list[nn.Module] = []
     for layer in emission.layers:
         module = empty_layer(layer, dtype)
-        numbers = (_mean(layer.geometry), None) if layer.kind == "averaging" else (weight, bias)
-        for name, values in zip(("weight", "bias"), numbers, strict=True):
+        for name, values in (("weight", weight), ("bias", bias)):
             if getattr(module, name, None) is not None and values is not None:
                 rounded = round_once(values, dtype).to(device)
                 if rounded.dim() == _RANK.get(memory_format):
@@ -74,7 +73,7 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     layer = next(x for x in emission.layers if x.kind in WITH_WEIGHTS)
     weight, groups = form.weight, form.geometry.groups
     kinds = {x.kind for x in emission.layers}
-    if kinds & {"avg_pool", "averaging", "nearest"}:
+    if kinds & {"avg_pool", "nearest"}:
         # The resampling's taps are alike: their sum is the mix under a mean, any one the mix above a copy.
         taps = weight.flatten(2)
         mix = taps.mean(2) if "nearest" in kinds else taps.sum(2)
@@ -95,11 +94,6 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
     return _transposed_weight(weight, groups) if layer.kind == "conv_transpose" else weight, form.bias
 
 
-def _mean(g: Geometry) -> Tensor:
-    """The weights of a depthwise convolution that takes the mean of what is under it, in float64."""
-    return torch.full((g.out_channels, 1, *g.kernel), 1 / math.prod(g.kernel), dtype=torch.float64)
-
-
 def _transposed_weight(weight: Tensor, groups: int) -> Tensor:
     """The correlation (out, in / groups, *k) as torch's transposed convolution (in, out / groups, *k)."""
     blocks = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
@@ -116,7 +110,7 @@ def empty_layer(layer: Layer, dtype: torch.dtype) -> nn.Module:
         return batched_linear(g, dtype, "meta")
     if layer.kind == "batched_rows":
         return batched_rows(g, dtype, "meta")
-    if layer.kind in ("conv", "averaging"):
+    if layer.kind == "conv":
         conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
         sizes = (g.kernel, g.down, g.lo, g.dilation)
         return cast(nn.Module, conv(g.in_channels, g.out_channels, *sizes, g.groups, g.bias, **new))

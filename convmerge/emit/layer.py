@@ -19,7 +19,6 @@ Kind = Literal[
     "shuffle",
     "interleave",
     "avg_pool",
-    "averaging",
     "nearest",
 ]
 
@@ -27,8 +26,7 @@ Kind = Literal[
 @dataclass(frozen=True)
 class Layer:
     """One layer: its kind, and what it computes. ``pad`` also crops; ``ones`` appends channels of ones;
-    ``shuffle`` is PixelShuffle, ``interleave`` the same at any rates and with a crop; ``averaging`` is
-    an average pool as a depthwise convolution, which torch runs several times faster.
+    ``shuffle`` is PixelShuffle, ``interleave`` the same at any rates and with a crop.
     """
 
     kind: Kind

@@ -17,8 +17,6 @@ from convmerge.emit.interleave import Interleaving, interleaving_geometry
 from convmerge.emit.layer import Emission, Kind, Layer
 from convmerge.errors import Refusal
 
-_AVERAGES: tuple[Kind, ...] = ("avg_pool", "averaging")
-
 
 @lru_cache(maxsize=65536)
 def emissions(g: Geometry) -> tuple[Emission, ...]:
@@ -148,10 +146,8 @@ def _pads(channels: int, sides: Sequence[tuple[int, int]]) -> Iterator[Layer]:
             yield Layer("pad", from_axes(channels, channels, channels, dims))
 
 
-def swapped(outer: Geometry, inner: Geometry, kind: Literal["avg_pool", "nearest"]) -> tuple[Emission, ...]:
+def swapped(outer: Geometry, inner: Geometry, kind: Literal["avg_pool", "nearest"]) -> Emission:
     """outer ∘ inner, a channel mix and a resampling of ``kind``, with the mix at the lower resolution.
-
-    The average is taken by a pool or by a depthwise convolution.
 
     Raises:
         Refusal: the two do not swap, or already stand in that order.
@@ -161,6 +157,5 @@ def swapped(outer: Geometry, inner: Geometry, kind: Literal["avg_pool", "nearest
     second, first = commutes_geometry(outer, inner)
     mix = Layer("conv", second if kind == "avg_pool" else first)
     none = (0,) * outer.spatial
-    if kind == "nearest":
-        return (Emission((mix, Layer(kind, second)), none, none),)
-    return tuple(Emission((Layer(way, first), mix), none, none) for way in _AVERAGES)
+    layers = (Layer(kind, first), mix) if kind == "avg_pool" else (mix, Layer(kind, second))
+    return Emission(layers, none, none)

@@ -24,6 +24,10 @@ from convmerge.regions import Chain, Element, Leaf, Share
 
 Ways = Callable[[Geometry], Sequence[Emission]]
 
+# How many times the fastest way a way with half its MACs may take: by a prediction, and by a measurement.
+LEEWAY = 1.5
+MEASURED_LEEWAY = 1.1
+
 
 @dataclass(frozen=True, eq=False)
 class Maker:
@@ -133,14 +137,21 @@ class Maker:
     ) -> tuple[Emission, Cost]:
         """The cheapest of several ways to build a form at a place; ``before``: of what it replaces.
 
-        With ``spare`` the cheapest of those that take no more MACs than that beyond the least.
+        With ``spare`` the cheapest of those that take no more MACs than that beyond the least. A way of half
+        the fastest one's MACs is taken where it is not much slower: operators that are slow here, as the
+        average pool is in eager mode, are fast elsewhere, and work is work everywhere.
         """
         costs = self.model.ways(ways, place.size, batch=place.batch, dtype=dtype, before=before)
         pairs = list(zip(ways, costs, strict=True))
         if spare and self.objective != "params":
             least = min(cost.macs for cost in costs)
             pairs = [pair for pair in pairs if pair[1].macs <= least + spare]
-        return min(pairs, key=lambda pair: pair[1].key(self.objective))
+        best = min(pairs, key=lambda pair: pair[1].key(self.objective))
+        if self.objective != "latency":
+            return best
+        limit = min((MEASURED_LEEWAY if best[1].measured else LEEWAY) * best[1].latency, before.latency)
+        light = [p for p in pairs if 2 * p[1].macs <= best[1].macs and p[1].latency <= limit]
+        return min(light or [best], key=lambda pair: pair[1].latency)
 
     def _swapped(self, elements: Chain, runs: Sequence[Run], place: Place) -> tuple[Emission, ...]:
         """A channel mix on the other side of an average pool or a nearest upsampling, where the two swap."""
@@ -152,7 +163,7 @@ class Maker:
             parts = (solid[:1], solid[1:]) if first == "nearest" else (solid[:-1], solid[-1:])
             inner = fold_geometry(parts[0], place)
             outer = fold_geometry(parts[1], after(place, inner))
-            return swapped(outer, inner, "nearest" if first == "nearest" else "avg_pool")
+            return (swapped(outer, inner, "nearest" if first == "nearest" else "avg_pool"),)
         except Refusal:
             return ()
 

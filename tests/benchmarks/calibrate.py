@@ -79,12 +79,10 @@ def dense() -> Iterator[Case]:
 
 
 def grouped() -> Iterator[Case]:
-    """Convolutions in groups, of one channel and of several; averages by convolution."""
+    """Convolutions in groups, of one channel and of several."""
     for channels, groups in ((16, 16), (64, 64), (144, 144), (256, 256), (256, 32), (64, 4), (64, 32)):
         for size in (7, 14, 28, 56):
             yield square("conv", (channels, channels), same(3), size, groups)
-    for channels, size in ((64, 56), (256, 56), (512, 28), (1024, 14)):
-        yield square("averaging", (channels, channels), Axis(2, 1, 2, 1, 0, 0), size, channels)
 
 
 def others() -> Iterator[Case]:
