@@ -16,7 +16,6 @@ import pytest
 import torch
 from generate import Draw, run
 from torch import nn
-from torch.export import Dim
 
 import convmerge
 from convmerge.affine import Affine
@@ -325,20 +324,3 @@ def test_the_merged_module_loads_with_torch_alone(tmp_path: Path) -> None:
         "assert not any(name.startswith('convmerge') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "fused.pt")], check=True)
-
-
-@pytest.mark.parametrize("strided", [False, True], ids=["tail", "stem"])
-def test_export_with_dynamic_height_and_width(strided: bool) -> None:
-    draw = Draw(6, 2)
-    chain = (
-        [draw.form(3, 5, [STRIDED, STRIDED]), draw.form(5, 4, [STRIDED, STRIDED])]
-        if strided
-        else upscaler(draw, 3, (2, 2))
-    )
-    b = bordered(tuple(form.geometry for form in chain))
-    merged = build_bordered(b, chain, torch.float64)
-    dims = {2: Dim("height", min=16, max=512), 3: Dim("width", min=16, max=512)}
-    program = torch.export.export(merged, (draw.input(3, (21, 30)),), dynamic_shapes=(dims,))
-    for size in ((16, 19), (23, 17), (40, 18)):
-        x = draw.input(3, size)
-        assert torch.equal(program.module()(x), run(chain, x)), size
