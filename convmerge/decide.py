@@ -153,10 +153,10 @@ class Decider:
                 if times != alike[edit]:
                     problems[site] = f"{path} is called {times} times with different neighbours"
                 if isinstance(edit, UnitEdit) and claimed.setdefault(path, edit) != edit:
-                    problems[site] = f"{path} belongs to two sites"
+                    problems.setdefault(site, f"{path} belongs to two sites")
             if isinstance(edit, GraphEdit) and not owners.isdisjoint(edit.opened):
                 problems[site] = "part of it stands in a module whose own code is edited"
-            if (reason := self._tied(site, edit, calls[edit])) is not None:
+            if site not in problems and (reason := self._tied(site, edit, calls[edit])) is not None:
                 problems[site] = reason
             if self.evidence.eager and not self.proofs.proves(edit):
                 problems[site] = "torch.export cannot follow the model, and no trace proves this part of it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,10 +136,10 @@ class Replay:
     def _run(self, calls: Sequence[Node], values: dict[Node, Tensor]) -> dict[Node, Tensor]:
         constants = self._constants
 
-        def look_up(node: Node) -> object:
+        def look_up(node: Node) -> Any:
             return values[node] if node in values else constants.value(node)
 
-        def in_shape(node: Node, reader: Node) -> object:
+        def in_shape(node: Node, reader: Node) -> Any:
             if not constants.uniform(node):
                 return look_up(node)
             other = next(look_up(n) for n in reader.all_input_nodes if n is not node)

@@ -18,6 +18,7 @@ from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.recognise.generated import APPLY
 from convmerge.regions import Block, Element, Fork, Leaf, Regions, calls_of, leaves
 from convmerge.report import SiteReport
+from convmerge.structure import structural_denials
 
 
 def describe_sites(decider: Decider, decisions: Decisions, built: Sequence[Built]) -> tuple[SiteReport, ...]:
@@ -30,7 +31,7 @@ def describe_sites(decider: Decider, decisions: Decisions, built: Sequence[Built
         static = decider.proofs.proves(decision.edit)
         for site in (decision.site, *decision.also):
             rows.append((_when(decider, site.elements), _merge_row(decider, site, b, refusal, static)))
-    for denial in decisions.denials:
+    for denial in (*decisions.denials, *structural_denials(decider.evidence, decisions.regions)):
         rows.append((_when(decider, denial.elements), _denial_row(decider, denial)))
     rows.extend(_refused_calls(decider, decisions.regions))
     return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))
