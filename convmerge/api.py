@@ -69,7 +69,7 @@ class _Options:
 
     def __post_init__(self) -> None:
         if self.average and not self.fully_conv:
-            raise ConvmergeError("average is about the windows of fully_conv", "ask for both")
+            raise ConvmergeError("average is for the windows of --fully-conv", "ask for both")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
 

@@ -70,6 +70,7 @@ TAILS: dict[str, Callable[[], list[nn.Module]]] = {
     "dropout": lambda: [nn.Dropout(), nn.Linear(100, 3)],
     "identity": lambda: [nn.Identity(), nn.Linear(100, 3)],
     "several linear layers": lambda: [nn.Linear(100, 7), nn.Dropout(), nn.Linear(7, 5), nn.Linear(5, 3)],
+    "batch norm before": lambda: [nn.BatchNorm1d(100), nn.Dropout(), nn.Linear(100, 3)],
     "batch norm after": lambda: [nn.Linear(100, 3), nn.BatchNorm1d(3)],
     "residual": lambda: [nn.Linear(100, 3), Residual(nn.Linear(3, 3))],
 }
@@ -100,6 +101,13 @@ def test_a_branch_from_the_image_itself() -> None:
             return self.fc(self.conv(x).flatten(1)) + self.skip(x.flatten(1))
 
     conv_alone(Skip(), torch.randn(2, 3, 7, 6))
+
+
+def test_batch_norm_of_features_joins_the_linear_layer_where_the_convolution_cannot() -> None:
+    tail = [nn.BatchNorm1d(100), nn.Linear(100, 3)]
+    result = fused(Flattening(FORMS["module"], *tail, before=nn.ReLU()), torch.randn(2, 3, 7, 6))
+    assert result.report.after is not None
+    assert result.report.after.operators == {"conv": 1, "linear": 1}
 
 
 def test_one_that_costs_more_is_kept() -> None:

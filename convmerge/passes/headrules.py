@@ -215,7 +215,8 @@ def _batch_norm(weights: Weights, call: Call, values: Sequence[Lifted]) -> Outco
     if value.axis == 1:
         return value, KEPT
     if value.axis is not None or not value.single:
-        raise Refusal(f"the batch norm {call.leaf} has a number for every position of the window")
+        where = f"the batch norm {call.leaf} has a number for every position of the window"
+        raise Refusal(f"{where}; without --fully-conv it joins the linear layer, and then this works")
     mean, var = (weights.tensor(args[name]) for name in ("running_mean", "running_var"))
     weight, bias = (weights.tensor(args[name]) for name in ("weight", "bias"))
     assert mean is not None and var is not None

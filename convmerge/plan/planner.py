@@ -26,7 +26,8 @@ from convmerge.plan.denials import denials
 from convmerge.plan.making import Maker
 from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
 from convmerge.plan.table import Table
-from convmerge.regions import Block, Chain, Element, Leaf
+from convmerge.recognise import Filter
+from convmerge.regions import Block, Chain, Element, Leaf, leaves
 
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.
@@ -73,6 +74,10 @@ class Planner:
 
     def plan(self, chain: Chain) -> ChainPlan:
         """The cheapest exact segmentation of a chain, blocks inside included."""
+        if (
+            place_of(self.evidence, chain) is None
+        ):  # what flattens a map after an activation leads to no filter
+            chain = chain[_after_passages(chain) :]
         if place_of(self.evidence, chain) is None:
             return ChainPlan()
         return self.as_planned(chain, self.table(chain).parts(len(chain)))
@@ -243,3 +248,10 @@ class Planner:
             return []
         inside = self.inside(element)
         return [*inside.sites, *(site for branch in inside.apart for site in self.plan(branch).sites)]
+
+
+def _after_passages(chain: Chain) -> int:
+    """Where the first filter and what leads to it without another passage begin."""
+    filters = (i for i, e in enumerate(chain) if any(isinstance(leaf.step, Filter) for leaf in leaves([e])))
+    first = next(filters, len(chain))
+    return max((i + 1 for i in range(first) if is_passage(chain[i])), default=0)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Dims, Geometry
-from convmerge.algebra import unflatten, unflatten_geometry
 from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.recognise.flattened import after_flatten
 from convmerge.recognise.generated import depends, refuse_generated
 from convmerge.recognise.stacked import sum_of_stack
 from convmerge.recognise.steps import Context, Filter, Passage, Step, recognises
@@ -143,7 +143,7 @@ def linear(context: Context, call: Call) -> Step | None:
         return None
     if (reason := _filter_constants(context, call)) is not None:
         raise Refusal(reason)
-    return _after_flatten(
+    return after_flatten(
         context, _linear(context, source, call.args["weight"], call.args["bias"], swapped=False)
     )
 
@@ -173,26 +173,7 @@ def addmm(context: Context, call: Call) -> Step | None:
         return None
     if call.args["beta"] != 1 or call.args["alpha"] != 1 or len(context.shape(bias)) > 1:
         raise Refusal("addmm with beta, alpha or a bias per row")
-    return _after_flatten(context, _linear(context, source, weight, bias, swapped=True))
-
-
-def _after_flatten(context: Context, step: Filter) -> Filter:
-    """A linear layer on a flattened map (N, C, *size) is a filter whose kernel covers the map."""
-    call = context.evidence.calls.get(step.source)
-    if call is None or call.op not in ("flatten", "view", "reshape") or len(step.source.users) != 1:
-        return step
-    source = call.args["self"]
-    batch, *rest = context.shape(source)
-    if (
-        not 2 <= len(rest) <= 4
-        or context.shape(step.source) != (batch, math.prod(rest))
-        or math.prod(rest[1:]) == 1
-    ):
-        return step
-    size = tuple(rest[1:])
-    geometry = unflatten_geometry(step.geometry, size)
-    kind = f"linear on {'×'.join(map(str, size))}"
-    return Filter(source, 1, geometry, lambda: unflatten(step.numbers(), size), kind, (step.source,))
+    return after_flatten(context, _linear(context, source, weight, bias, swapped=True))
 
 
 @recognises("avg_pool1d", "avg_pool2d", "avg_pool3d")
