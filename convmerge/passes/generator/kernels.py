@@ -42,6 +42,12 @@ class Selection:
     calls: tuple[Node, ...]
     rows: Tensor
 
+    @property
+    def selects(self) -> bool:
+        """Whether some numbers of the root, which may be for a batch, are left out."""
+        root = self.root.meta["val"]
+        return root.dim() > 1 and any("slice" in node.name or "select" in node.name for node in self.calls)
+
 
 @dataclass(frozen=True, eq=False)
 class Computed:

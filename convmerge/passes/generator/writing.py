@@ -138,7 +138,7 @@ class Writer:
     def _generated(self, fold: Fold, rows: Rows, new: _Parameters) -> tuple[Node, Node | None]:
         """A linear layer that gives the kernel's numbers, then those of a computed bias.
 
-        A kernel for every sample takes all samples' numbers, any other one the first's.
+        Code that selects numbers may select those of the first sample, whatever the batch.
         """
         assert fold.generator is not None
         per_sample = bool(relayouts((*fold.before, *fold.after)))
@@ -147,9 +147,13 @@ class Writer:
         whole = flat if rows.bias is None or apart else torch.cat([flat, rows.bias])
         last = cut(self._trace, [self._positions[fold.generator.node]])
         made = self.graph.call_module(new.linear(whole), (self._copies[last.source],))
-        made = made if per_sample else self._call("flatten", made)
+        first = not per_sample and fold.layer.weight.selects
+        made = self._call("flatten", made) if first else made
         shape = (-1, *rows.kernel.shape[1:-1])
-        kernel = self._call("reshape", self._call("narrow", made, -1, 0, len(flat)), *shape)
+        kernel = (
+            made if len(whole) == len(flat) and not first else self._call("narrow", made, -1, 0, len(flat))
+        )
+        kernel = self._call("reshape", kernel, *shape)
         if rows.bias is None or apart:
             return kernel, None if rows.bias is None else new.get(rows.bias[:, -1])
         bias = self._call("narrow", made, -1, len(flat), len(rows.bias))
