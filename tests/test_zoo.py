@@ -74,3 +74,28 @@ def test_block(name: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_real_model(name: str) -> None:
     check(*zoo.build(name), REAL[name], 1e-9)
+
+
+# MACs after fusing over those before, and how many chains are kept because they cost more as one.
+MACS: dict[str, tuple[float, int]] = {
+    "torchvision/densenet121": (0.92, 0),
+    "timm/mobilevitv2_050": (0.88, 3),
+    "timm/fastvit_t8": (1.0, 13),
+    "timm/xception41": (1.0, 30),
+    "timm/mobilenetv2_100": (1.0, 1),
+    "torchvision/shufflenet_v2_x1_0": (1.0, 19),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MACS)
+def test_chains_of_real_models_merge_where_that_pays_and_are_kept_where_not(name: str) -> None:
+    ratio, kept = MACS[name]
+    report = convmerge.inspect(*zoo.build(name))
+    assert report.before is not None and report.saving is not None
+    saved = sum(site.macs_before - site.macs_after for site in report.merged())
+    assert 1 - saved / report.before.macs <= ratio
+    assert report.saving.latency_after < report.saving.latency_before
+    reasons = [site.reason for site in report.sites if site.action == "keep"]
+    assert len(reasons) >= kept, reasons
+    assert all("× the" in reason for reason in reasons), reasons

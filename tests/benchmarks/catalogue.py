@@ -43,10 +43,6 @@ def _timm(name: str) -> Builder:
     return lambda size: zoo.timm(name, size)
 
 
-def _torchvision(name: str) -> Builder:
-    return lambda size: zoo.torchvision(name, size)
-
-
 def _unet(encoder: str) -> Builder:
     def make(size: int) -> Built:
         kind = importlib.import_module("segmentation_models_pytorch").Unet
@@ -114,11 +110,9 @@ MORE: dict[str, tuple[Builder, int]] = {
     "smp/Unet-resnet18": (_unet("resnet18"), 224),
     "smp/Unet-mobilenet_v2": (_unet("mobilenet_v2"), 224),
     "vae decoder": (vae_decoder, 32),
-    "torchvision/shufflenet_v2_x1_0": (_torchvision("shufflenet_v2_x1_0"), 224),
     **{
         f"timm/{name}": (_timm(name), size)
         for name, size in (
-            ("mobilevitv2_050", 256),
             ("convnext_atto_ols", 224),
             ("convnext_femto_ols", 224),
         )

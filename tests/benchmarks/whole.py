@@ -12,6 +12,7 @@ import statistics
 import warnings
 
 import catalogue
+import models
 import torch
 import zoo
 from table import chosen, parsed, parser, predicted
@@ -71,7 +72,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     size = 299 if short in ("inception_v3", "xception41") else 224
     model, x = getattr(zoo, package)(short, size)
-    return model.eval(), x
+    return models.calibrate(model, x), x
 
 
 def row(name: str, pairs: int) -> float:
