@@ -74,10 +74,8 @@ class Planner:
 
     def plan(self, chain: Chain) -> ChainPlan:
         """The cheapest exact segmentation of a chain, blocks inside included."""
-        if (
-            place_of(self.evidence, chain) is None
-        ):  # what flattens a map after an activation leads to no filter
-            chain = chain[_after_passages(chain) :]
+        if place_of(self.evidence, chain) is None:
+            chain = chain[_after_passages(chain) :]  # what flattens a map loses the axis of the next filter
         if place_of(self.evidence, chain) is None:
             return ChainPlan()
         return self.as_planned(chain, self.table(chain).parts(len(chain)))
