@@ -15,9 +15,12 @@ ACTIVATIONS = (
     *(nn.LeakyReLU, nn.Hardsigmoid, nn.Mish, nn.Softsign, nn.LogSigmoid, nn.Identity),
 )
 KINDS = (
-    *("conv", "conv", "conv", "conv", "bn", "bn", "act", "act", "act", "depthwise", "grouped", "multiplied"),
-    *("transpose", "add", "add", "sum", "cat", "cat", "mul", "gate", "max", "avg", "up", "chunk", "slice"),
-    *("shuffle", "pixel", "mean", "view", "prelu", "norm", "scale", "noise", "split", "pad", "inplace"),
+    *("conv",) * 10,
+    *("act",) * 6,
+    *("add",) * 5,
+    *("bn", "depthwise", "grouped", "sum", "cat", "inplace") * 2,
+    *("multiplied", "transpose", "mul", "gate", "max", "avg", "up", "chunk", "slice", "shuffle", "pixel"),
+    *("mean", "view", "prelu", "norm", "scale", "noise", "split", "pad"),
 )
 
 
@@ -97,13 +100,13 @@ class RandomNet(nn.Module):
 
     def _layer(self, kind: str, x: Tensor) -> nn.Module | None:
         draw, channels = self.random.choice, x.shape[1]
-        k, bias = draw([1, 3, 3, (3, 5)]), self.random.random() < 0.5
-        padding, stride = draw([0, 1, 1, 2]), draw([1, 1, 1, 2])
+        k, padding = draw([(1, 0), (3, 1), (3, 1), (3, 1), ((3, 5), (1, 2)), (3, 0), (1, 1), (3, 2)])
+        bias, stride = self.random.random() < 0.5, draw([1, 1, 1, 1, 1, 2])
         mode = draw(["zeros", "zeros", "zeros", "circular", "replicate"])
         common = {"stride": stride, "padding": padding, "bias": bias}
         if kind == "conv":
-            out = draw([3, 5, 6, 7, 8])
-            return nn.Conv2d(channels, out, k, **common, dilation=draw([1, 1, 2]), padding_mode=mode)
+            out = draw([5, 6, 6, 6, 7])
+            return nn.Conv2d(channels, out, k, **common, dilation=draw([1, 1, 1, 1, 2]), padding_mode=mode)
         if kind == "depthwise":
             return nn.Conv2d(channels, channels, k, **common, groups=channels)
         if kind == "multiplied":
@@ -190,7 +193,7 @@ class RandomNet(nn.Module):
     def _silence(self, module: nn.Module) -> None:
         """Zeros by one of the ways in which they come about."""
         if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d) and module.weight is not None:
-            if self.random.random() < 0.5:
+            if self.random.random() < 0.3:
                 module.weight.data *= self._chosen(module.num_features)
             return
         weight = getattr(module, "weight", None)
@@ -216,7 +219,7 @@ class RandomNet(nn.Module):
             module.bias.data *= mask.reshape(len(weight), -1)[:, 0] if len(weight) == len(module.bias) else 1
 
     def _chosen(self, count: int) -> Tensor:
-        share = self.random.choice([0.3, 0.5, 0.8, 1.0])
+        share = self.random.choice([0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 1.0])
         return (torch.rand(count, generator=self.torch) >= share).float()
 
 
