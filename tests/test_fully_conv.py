@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from models import Cat, Residual
 from torch import Tensor, nn
 
@@ -399,3 +401,40 @@ def test_nothing_is_written_where_no_head_can_be_rewritten(
     assert not target.exists()
     error = capsys.readouterr().err
     assert "no output is a vector" in error and "hint: " in error
+
+
+REAL: dict[str, tuple[str, Callable[[nn.Module, Tensor], Tensor]]] = {
+    "alexnet": ("features", lambda m, y: m.classifier(m.avgpool(y).flatten(1))),
+    "vgg11_bn": ("features", lambda m, y: m.classifier(m.avgpool(y).flatten(1))),
+    "squeezenet1_1": ("features", lambda m, y: m.classifier(y).flatten(1)),
+    "resnet18": ("layer4", lambda m, y: m.fc(m.avgpool(y).flatten(1))),
+    "mobilenet_v2": ("features", lambda m, y: m.classifier(y.mean((2, 3)))),
+    "densenet121": ("features", lambda m, y: m.classifier(y.relu().mean((2, 3)))),
+    "googlenet": ("inception5b", lambda m, y: m.fc(m.avgpool(y).flatten(1))),
+    "timm/resnet18": ("layer4", lambda m, y: m.fc(m.global_pool(y))),
+    "timm/efficientnet_b0": ("bn2", lambda m, y: m.forward_head(y)),
+    "timm/mobilenetv3_small_100": ("blocks", lambda m, y: m.forward_head(y)),
+    "timm/convnext_atto": ("stages", lambda m, y: m.head(m.norm_pre(y))),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_on_windows_of_a_larger_image(name: str) -> None:
+    path, tail = REAL[name]
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    kind = name.removeprefix("timm/")
+    model, _ = zoo.timm(kind, 224) if kind != name else zoo.torchvision(name, 224, **options)
+    model.double().eval()
+    with torch.no_grad():
+        converted = convert(model, torch.randn(1, 3, 224, 224).double())
+        maps: list[Tensor] = []
+        model.get_submodule(path).register_forward_hook(lambda *found: maps.append(found[-1]))
+        model(torch.randn(1, 3, 224, 224).double())
+        larger = torch.randn(1, 3, 256, 320).double()
+        found = converted(larger)
+        model(larger)
+        size = tuple(maps[0].shape[2:])
+        expected = windows(lambda y: tail(model, y), maps[1], size)
+    assert min(expected.shape[2:]) > 1
+    assert_same(expected, found, name)
