@@ -33,7 +33,7 @@ from convmerge.constants import Constants
 from convmerge.errors import Refusal
 from convmerge.fold import Place, after, fold_geometry, fold_numbers, geometry_of
 from convmerge.recognise import BorderFill, Filter, Passage, Same
-from convmerge.regions import Element, Leaf, leaves
+from convmerge.regions import Element, Leaf, blocks, leaves
 
 MOST_PARTS = 512  # more are taken together, a few neighbours at a time
 
@@ -190,9 +190,26 @@ def _numbered(edges: Tensor, g: Geometry) -> Tensor:
     return edges + torch.tensor([[0], [g.in_channels]])
 
 
+def moves_channels(element: Element) -> bool:
+    """Whether an operator only picks channels or puts them in another order."""
+    step = element.step if isinstance(element, Leaf) else None
+    return isinstance(step, Filter) and step.kind.split()[0] in ("channels", "permuted", "channel_shuffle")
+
+
 def has_structure(elements: Sequence[Element], patterns: Patterns) -> bool:
-    """Whether any operator among the elements has blocks that its geometry does not show."""
-    return any(patterns.found(leaf) for leaf in leaves(elements))
+    """Whether the elements may have blocks that their geometry does not show.
+
+    That is, some weight has blocks, or slices are joined again, or channels in another order go on.
+    """
+    joined = any(block.joined == "cat" for block in blocks(elements))
+    found = [leaf for leaf in leaves(elements) if joined or not is_slice(leaf)]
+    return any(patterns.found(leaf) for leaf in found)
+
+
+def is_slice(element: Element) -> bool:
+    """Whether an operator picks channels in a row: a view."""
+    step = element.step if isinstance(element, Leaf) else None
+    return isinstance(step, Filter) and step.kind.startswith("channels ")
 
 
 def blocks_of(elements: Sequence[Element], place: Place, patterns: Patterns) -> Blocks | None:

@@ -71,7 +71,7 @@ class _Reduction:
         if isinstance(step, BorderFill):
             step = with_beginnings(step, self.steps)
         self.steps[node] = step
-        if isinstance(step, Sum) and step.via:
+        if isinstance(step, Sum | Concat) and step.via:
             self.unknown = [other for other in self.unknown if other.node not in step.via]
 
     def _count_uses(self) -> Counter[Node]:
@@ -171,15 +171,17 @@ class _Reduction:
 
     def _reduce_cat(self, node: Node, step: Concat) -> None:
         ends = [self._walk_back(value) for value in step.sources]
-        terms = tuple(Term(*end, Edge(node, index)) for index, end in enumerate(ends))
+        calls = (*step.via, node)
+        terms = tuple(Term(*end, Edge(calls[0], index)) for index, end in enumerate(ends))
         origins = {term.origin for term in terms}
         if len(origins) > 1 or not any(term.elements for term in terms):
-            self.open[node] = Join(node, terms, (node,), "cat", step.axis)
+            if not step.via:  # no operator moves in front of a stack
+                self.open[node] = Join(node, terms, calls, "cat", step.axis)
             return
         (source,) = origins
         self.uses[source] -= len(terms) - 1
         branches = tuple(term.elements for term in terms)
-        self.element[node] = Block(source, node, branches, (node,), joined="cat", axis=step.axis)
+        self.element[node] = Block(source, node, branches, calls, joined="cat", axis=step.axis)
 
     def _joins(self) -> tuple[Join, ...]:
         order = {node: index for index, node in enumerate(self.evidence.graph.nodes)}

@@ -82,6 +82,11 @@ WRITTEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "slices": (lambda m, x: joined(m, [x[:, i * INTO : (i + 1) * INTO] for i in range(BLOCKS)]), ROWS),
     "tokens": (lambda m, x: joined(m, x.tensor_split(BLOCKS, -1)), (3, 5, BLOCKS * INTO)),
     "unbind": (lambda m, x: joined(m, x.unflatten(-1, (BLOCKS, INTO)).unbind(1)), ROWS),
+    "stack": (
+        lambda m, x: torch.stack([f(part) for f, part in zip(m.layers, x.chunk(BLOCKS, -1), strict=True)], 1)
+        .flatten(1),
+        ROWS,
+    ),
     "mask": (with_mask, ROWS),
     "conv1d": (lambda m, x: m.conv(x.unsqueeze(-1)).squeeze(-1), ROWS),
     "conv1d between transposes": (

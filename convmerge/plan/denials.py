@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from convmerge.blocks import is_slice
 from convmerge.borderplan import border_words
 from convmerge.emit import emissions
 from convmerge.errors import Refusal
 from convmerge.fold import Place, place_of
 from convmerge.plan.site import Denial, Part, ends_of, is_filler
-from convmerge.recognise import Filter
 from convmerge.regions import Block, Chain, Element, Leaf
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def denials(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denia
             found.append(kept)
     solid = [p for p in parts if not is_filler(chain[p.first]) or p.site is not None]
     for left, right in itertools.pairwise(solid):
-        if left.site is None and _is_slice(chain[left.first]):
+        if left.site is None and is_slice(chain[left.first]):
             continue  # a view, which costs nothing where it is
         found.append(denial(planner, chain[left.first : right.last + 1]))
     return found
@@ -39,7 +39,7 @@ def denials(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denia
 
 def _in_blocks(planner: Planner, element: Element) -> Denial | None:
     """Why an operator whose weight falls apart into blocks stays as it is; None for any other."""
-    if not isinstance(element, Leaf) or not planner.maker.alone(element) or _is_slice(element):
+    if not isinstance(element, Leaf) or not planner.maker.alone(element):
         return None
     place, before = place_of(planner.evidence, (element,)), planner.cost_as_is((element,))
     try:
@@ -51,11 +51,6 @@ def _in_blocks(planner: Planner, element: Element) -> Denial | None:
         return None
     reason = f"{blocks.blocks.words} in its weight, which cost more by themselves"
     return Denial((element,), place, reason, before, blocks.after)
-
-
-def _is_slice(element: Element) -> bool:
-    step = element.step if isinstance(element, Leaf) else None
-    return isinstance(step, Filter) and step.kind.startswith("channels ")
 
 
 def denial(planner: Planner, elements: Chain) -> Denial:

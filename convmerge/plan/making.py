@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from convmerge.affine import Geometry
-from convmerge.blocks import Patterns, blocks_of, has_structure
+from convmerge.blocks import Patterns, blocks_of, has_structure, moves_channels
 from convmerge.borderplan import border_option
 from convmerge.capture import Evidence
 from convmerge.cost import Cost, CostModel, Objective
@@ -75,7 +75,7 @@ class Maker:
         if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
             return False
         by_hand = element.step.kind.endswith("blocks") and element.step.geometry.groups > 1
-        return by_hand or self.patterns.found(element)
+        return by_hand or (not moves_channels(element) and self.patterns.found(element))
 
     def in_blocks(self, whole: Site, ways_of: Ways = emissions) -> Site | None:
         """The same elements as independent blocks, built in one of some ways; None where there are none."""

@@ -12,6 +12,7 @@ from convmerge.errors import Refusal
 from convmerge.recognise.channels import moved_channels
 from convmerge.recognise.filters import _padding
 from convmerge.recognise.products import blockwise
+from convmerge.recognise.stacked import flattened_stack
 from convmerge.recognise.steps import Context, Passage, Same, Step, recognises
 
 LAST = 2**31
@@ -71,6 +72,8 @@ def reshape(context: Context, call: Call) -> Step | None:
     before, after = context.shape(source), context.shape(call.node)
     if before == after:
         return Same(source)
+    if (joined := flattened_stack(context, call)) is not None:
+        return joined
     if (form := blockwise(context, call) or moved_channels(context, call)) is not None:
         return form
     if math.prod(before) != math.prod(after):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx.node import Node
 
 from convmerge.capture import Call
@@ -35,11 +37,32 @@ def total(context: Context, call: Call) -> Step | None:
 
 def concatenation(context: Context, call: Call) -> Concat | None:
     """Values of one dtype one after the other along an axis; None where one is empty or a constant."""
-    values = call.args["tensors"]
+    return _in_a_row(context, call.args["tensors"], int(call.args["dim"]))
+
+
+def flattened_stack(context: Context, call: Call) -> Concat | None:
+    """A view that joins the axis of a stack with the one after it: what was stacked, one after the other."""
+    stack = call.args.get("self")
+    made = context.evidence.calls.get(stack) if isinstance(stack, Node) else None
+    if made is None or made.op != "stack" or len(made.node.users) != 1:
+        return None
+    shape = list(context.shape(made.node))
+    axis = int(made.args["dim"]) % len(shape)
+    if axis == len(shape) - 1 or min(shape) == 0:
+        return None
+    joined = [*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]]
+    if joined != list(context.shape(call.node)):
+        return None
+    return _in_a_row(context, made.args["tensors"], axis, (made.node,))
+
+
+def _in_a_row(
+    context: Context, values: Sequence[Node], dim: int, via: tuple[Node, ...] = ()
+) -> Concat | None:
     shapes = [context.shape(value) for value in values]
     if any(context.constant(value) or shape == (0,) for value, shape in zip(values, shapes, strict=True)):
         return None
     dtypes = {context.evidence.dtype(value) for value in values}
     if len(values) < 2 or len(dtypes) > 1 or not dtypes.pop().is_floating_point:
         return None
-    return Concat(tuple(values), int(call.args["dim"]) % len(shapes[0]))
+    return Concat(tuple(values), dim % len(shapes[0]), via)

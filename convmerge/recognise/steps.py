@@ -76,10 +76,14 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Concat:
-    """target = the sources one after the other along ``axis``, which is not negative."""
+    """target = the sources one after the other along ``axis``, which is not negative.
+
+    ``via`` are calls that collect them.
+    """
 
     sources: tuple[Node, ...]
     axis: int
+    via: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
