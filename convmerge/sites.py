@@ -60,7 +60,7 @@ def _merge_row(
         tree=_tree(site.elements),
         error=found.error if found is not None else None,
         bound=found.bound if found is not None else None,
-        **figures(site.before, site.after),
+        **figures(decider.planner.as_written(site), site.after),
     )
 
 

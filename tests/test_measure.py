@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -228,3 +229,14 @@ def test_predicted_savings_are_not_called_measured() -> None:
     (site,) = report.sites
     assert not site.measured
     assert site.latency_before > 0
+
+
+def test_the_report_compares_with_the_model_as_it_is() -> None:
+    """Of three branches two could merge by themselves; what is saved counts from none of them merged."""
+    model, x = models.build("repvgg")
+    report = convmerge.inspect(model, x)
+    assert report.before is not None
+    (three,) = [site for site in report.merged() if site.tree[0] == "sum of 3 branches"][:1]
+    assert three.macs_before > three.macs_after
+    convs = sum(site.macs_before for site in report.merged())
+    assert convs == report.before.macs

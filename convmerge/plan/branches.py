@@ -48,7 +48,7 @@ class _Group:
 def plan_inside(planner: Planner, block: Block) -> Inside:
     """Starting from every branch by itself, join the two groups that gain most by it, as long as any do."""
     groups = [_Group((i,), _cost(planner, branch)) for i, branch in enumerate(block.branches)]
-    joining = _joining_cost(planner, block)
+    joining = joining_cost(planner, block)
     if block.joined == "sum" and 2 < len(groups) + block.partial <= BRANCHES:
         known: dict[tuple[int, ...], _Group | None] = {}
         while (found := _best_pair(planner, block, groups, joining, known)) is not None:
@@ -64,7 +64,7 @@ def _cost(planner: Planner, branch: Chain) -> Cost:
     return planner.table(branch).cost(len(branch)) if place_of(planner.evidence, branch) is not None else ZERO
 
 
-def _joining_cost(planner: Planner, block: Block) -> Cost:
+def joining_cost(planner: Planner, block: Block) -> Cost:
     """Of one addition, or of the concatenation."""
     volume, dtype = math.prod(planner.evidence.size(block.target)), planner.evidence.dtype(block.target)
     return planner.cost_model.operator("add" if block.joined == "sum" else "cat", volume, dtype=dtype)

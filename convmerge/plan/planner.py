@@ -20,7 +20,7 @@ from convmerge.emit import Emission, emissions
 from convmerge.errors import Refusal
 from convmerge.fold import place_of
 from convmerge.lower import Frames
-from convmerge.plan.branches import Inside, plan_inside
+from convmerge.plan.branches import Inside, joining_cost, plan_inside
 from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
 from convmerge.plan.making import Maker
@@ -228,6 +228,19 @@ class Planner:
     def _cost_as_is(self, element: Element) -> Cost:
         """Cost of an element that is not merged with its neighbours; a block may merge inside."""
         return self.costs.of(element) if isinstance(element, Leaf) else self.inside(element).cost
+
+    def as_written(self, site: Site) -> Cost:
+        """What the model spends on a site now; planning compares with the best plan inside of blocks."""
+        if site.joint is not None or not any(isinstance(element, Block) for element in site.elements):
+            return site.before
+        return sum((self._written(element) for element in site.elements), ZERO)
+
+    def _written(self, element: Element) -> Cost:
+        if isinstance(element, Leaf):
+            return self.costs.of(element)
+        joins = len(element.branches) - 1 if element.joined == "sum" else 1
+        inner = [self._written(e) for branch in element.branches for e in branch]
+        return sum([*inner, *[joining_cost(self, element)] * joins], ZERO)
 
     def inside(self, block: Block) -> Inside:
         """The best plan of a block's branches, of which some may merge with one another."""
