@@ -12,7 +12,7 @@ from convmerge.cost import ZERO, Cost, CostModel
 from convmerge.fold import Place
 from convmerge.lower import Frames
 from convmerge.recognise import Filter, Passage, Same, Scalar
-from convmerge.regions import Chain, Element, Leaf, leaves
+from convmerge.regions import CHECKS, Chain, Element, Leaf, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class LeafCosts:
         if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
             return []
         unit = self.frames.unit_of(element.node)
-        return [n for n in self.frames.calls[unit] if n not in self.frames.data[unit]]
+        calls = [n for n in self.frames.calls[unit] if n not in self.frames.data[unit]]
+        return [n for n in calls if self.frames.call(n).op not in CHECKS]
 
     def macs(self, chain: Chain) -> int:
         """Multiply-accumulates of a chain as it is."""
