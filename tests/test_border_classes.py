@@ -283,12 +283,21 @@ def test_fuse_merges_the_tail_of_an_upscaler(rates: tuple[int, ...]) -> None:
             "5 border classes of Conv1d(8, 8, 9)",
         ),
         (
+            nn.Sequential(
+                nn.Conv1d(8, 64, 5, padding=2),
+                nn.Upsample(scale_factor=2),
+                nn.Conv1d(64, 8, 5, padding=2),
+            ),
+            (1, 8, 2000),
+            "3 border classes of Conv1d(8, 16, 7) → phases interleaved 2",
+        ),
+        (
             nn.Sequential(nn.Conv3d(4, 64, 3, padding=1), nn.BatchNorm3d(64), nn.Conv3d(64, 4, 3, padding=1)),
             (1, 4, 24, 24, 24),
             "27 border classes of Conv3d(4, 4, 5×5×5)",
         ),
     ],
-    ids=["one dimension", "three dimensions"],
+    ids=["one dimension", "one dimension, upsampled", "three dimensions"],
 )
 def test_fuse_merges_bottlenecks_in(model: nn.Module, shape: tuple[int, ...], text: str) -> None:
     x = torch.randn(shape)

@@ -105,6 +105,8 @@ def test_what_merges(make: Make, shape: tuple[int, ...], words: str) -> None:
         except RuntimeError:  # no multiple of PixelUnshuffle's factor
             continue
         torch.testing.assert_close(result.model(x), expected, rtol=1e-11, atol=1e-11)
+    if "phases" in words:
+        assert not convmerge.inspect(result.model, normal(1, *shape, seed=1)).merged()
 
 
 def test_pooling_at_a_ratio_of_one_size_alone_stays() -> None:
