@@ -110,7 +110,7 @@ class Maker:
             geometry = cover_geometry(geometry, home_place.size)
         check_place(geometry, home_place)
         ways = (*emissions(geometry), *self._swapped(elements, runs, home_place))
-        spare = FREE_MACS if geometry.spatial == 0 and geometry.groups > 1 else 0
+        spare = FREE_MACS if geometry.spatial == 0 and geometry.groups > 1 and before.macs else 0
         dtype = self.evidence.dtype(elements[0].source)
         emission, cost = self.cheapest(ways, home_place, dtype, before, spare)
         kept = parts[home]
