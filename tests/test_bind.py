@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from captured import Function, assert_close, randomised
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import convmerge
 from convmerge.cli import main
@@ -143,6 +144,19 @@ class Painted(nn.Module):
         return self.conv(torch.cat([x, painted], 1))
 
 
+class Filled2d(nn.Module):
+    """The vector as channels of a map that is made from zeros, a pruned layer, parts of a tensor in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Linear(5, 2), nn.Conv2d(5, 4, 1)
+        prune.l1_unstructured(self.embed, "weight", 3)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        painted = torch.zeros(x.shape[0], 2, *x.shape[2:], dtype=x.dtype) + self.embed(cond)[:, :, None, None]
+        return sum(part.relu() for part in self.conv(torch.cat([x, painted], 1)).split(2, 1))
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -198,6 +212,7 @@ CASES: dict[str, tuple[nn.Module, dict[str, Any], tuple[str, ...], str]] = {
     ),
     "one sample": (PerSample(), {"x": X, "cond": COND}, ("cond",), "kernel"),
     "painted": (Painted(), {"x": X, "cond": COND}, ("cond",), "embed"),
+    "painted on zeros": (Filled2d(), {"x": X, "cond": COND}, ("cond",), "embed"),
     "one branch": (Branches(), {"x": X, "cond": COND}, ("cond",), "none"),
     "attention": (Attends(), {"x": X[0, :2, :, :4], "context": X[:, 0, :, :5]}, ("context",), "context"),
 }

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from convmerge.copying import deep_copy
 from convmerge.errors import ConvmergeError
 from convmerge.inputs.infer import infer_inputs
 from convmerge.inputs.parse import load_values, split_dtype, unknown_name
@@ -284,7 +283,9 @@ def _has_float(value: Any) -> bool:
 
 
 def _run(filled: Filled, rest: Inputs) -> None:
-    trial, inputs = deep_copy(filled, {}).eval(), rest.clone()
+    from convmerge.capture import copy_model  # which itself knows inputs
+
+    trial, inputs = copy_model(filled).eval(), rest.clone()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         trial(*inputs.args, **inputs.kwargs)
 

@@ -117,9 +117,8 @@ class Examples:
                 if source not in needed and source not in self._values:
                     needed.add(source)
                     pending.append(source)
-        for current in node.graph.nodes:
-            if current in needed and current not in self._values:
-                self._values[current] = self._run(current)
+        for current in sorted(needed - self._values.keys()):
+            self._values[current] = self._run(current)
         return self._values[node]
 
     def plain(self, node: Node) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 from torch.fx.proxy import Proxy
@@ -65,7 +66,7 @@ def specialise(root: nn.Module, inputs: Inputs, values: Mapping[str, Any], *, as
     name = type(root).__name__
     check_hooks(root, "")
     try:
-        with quiet(), torch.no_grad(), _proxies_as_tensors(tracer):
+        with quiet(), torch.no_grad(), _heard_by(tracer):
             graph = tracer.trace(root)
     except Refusal:
         raise
@@ -137,6 +138,21 @@ class _Specialiser(fx.Tracer):
         self.create_proxy("call_function", torch._assert, (test, message), {})
         return value
 
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        """Code that goes through a shape, or a tuple of tensors, gets as many parts as the example has."""
+        parts: Any = obj
+        return iter([parts[i] for i in range(self.length(obj))])
+
+    def length(self, value: Proxy) -> int:
+        """How many parts a shape or a tuple has. Raises TraceError for anything else, a tensor included."""
+        try:
+            example = self._examples.value(value.node)
+        except ValueError:
+            example = None
+        if not isinstance(example, tuple | list):
+            raise fx.proxy.TraceError("it goes through the values of a tensor")
+        return len(example)
+
     def is_tensor(self, value: Proxy) -> bool:
         """Whether a proxy stands for a tensor."""
         return isinstance(self._examples.value(value.node), Tensor)
@@ -193,23 +209,42 @@ class _Specialiser(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *more, **others)
 
 
+# Functions that do not ask those of their arguments that can be sizes for ``__torch_function__``.
+_DEAF = ((F, "interpolate"), (F, "adaptive_avg_pool2d"), (torch, "zeros"), (torch, "ones"), (torch, "empty"))
+
+
 @contextmanager
-def _proxies_as_tensors(tracer: _Specialiser) -> Iterator[None]:
-    """Let proxies into what does not ask for ``__torch_function__``: ``expand`` and ``torch.is_tensor``."""
-    plain, is_tensor = torch.Tensor.expand, torch.is_tensor
+def _heard_by(tracer: _Specialiser) -> Iterator[None]:
+    """Let proxies into ``Tensor.expand``, ``torch.is_tensor`` and the like while ``tracer`` traces."""
+    patches: list[tuple[Any, str, Any]] = []
 
-    def expand(self: Tensor, *sizes: Any, **kwargs: Any) -> Any:
-        if any(isinstance(size, Proxy) for size in pytree.tree_leaves(sizes)):
-            return tracer.create_proxy("call_method", "expand", (self, *sizes), kwargs)
-        return plain(self, *sizes, **kwargs)
+    def patch(owner: Any, name: str, function: Any) -> None:
+        patches.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, function)
 
-    torch.Tensor.expand = expand  # type: ignore[assignment,method-assign]
-    torch.is_tensor = lambda value: tracer.is_tensor(value) if isinstance(value, Proxy) else is_tensor(value)  # type: ignore[assignment]
+    def hearing(kind: str, target: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy(kind, target, args, kwargs)
+            return plain(*args, **kwargs)
+
+        return call
+
+    is_tensor = torch.is_tensor
     try:
+        patch(torch.Tensor, "expand", hearing("call_method", "expand", torch.Tensor.expand))
+        patch(torch, "is_tensor", lambda x: tracer.is_tensor(x) if isinstance(x, Proxy) else is_tensor(x))
+        patch(Proxy, "__len__", lambda proxy: tracer.length(proxy))
+        for owner, name in _DEAF:
+            function = getattr(owner, name)
+            patch(owner, name, hearing("call_function", function, function))
         yield
     finally:
-        del torch.Tensor.expand
-        torch.is_tensor = is_tensor
+        for owner, name, before in reversed(patches):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
 
 
 def _like(root: nn.Module) -> Tensor:

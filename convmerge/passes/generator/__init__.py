@@ -66,7 +66,7 @@ def fold_into_generators(
         return wanted and not any(matches(path, skip) for path in paths)
 
     frames = Frames(evidence, constants)
-    chooser = Chooser(evidence, constants, Planner(frames, objective, allowed=allowed))
+    chooser = Chooser(evidence, regions, Planner(frames, objective, allowed=allowed))
     best = [(fold, gains) for fold, gains in map(chooser.best, layers) if fold is not None]
     work = _Work(model, frames, constants, seed)
     written = work.write([fold for fold, gains in best if gains])
@@ -85,6 +85,8 @@ class _Work:
         self._evidence = frames.evidence
         self._constants = constants
         self._seed = seed
+        self._scratch: nn.Module | None = None
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self.changed: nn.Module | None = None
 
     def write(self, folds: Sequence[Fold]) -> dict[Fold, SiteReport]:
@@ -131,9 +133,16 @@ class _Work:
     def _trace(self, path: str, opened: frozenset[str]) -> Trace:
         start = len(path) + 1 if path else 0
         frame = self._frames.by_path[path][0]
-        scratch = copy_model(self._model).eval().get_submodule(path)  # tracing can leave marks
+        self._scratch = self._scratch or copy_model(self._model).eval()  # tracing can leave marks
         inside = frozenset(inner[start:] for inner in opened)
-        return retrace(scratch, frame, self._evidence, self._constants, self._frames.calls[frame], inside)
+        return retrace(
+            self._scratch.get_submodule(path),
+            frame,
+            self._evidence,
+            self._constants,
+            self._frames.calls[frame],
+            inside,
+        )
 
     def _write_fold(self, writer: Writer, fold: Fold) -> SiteReport:
         behind = after(fold.layer.place, fold.layer.geometry)
@@ -155,7 +164,7 @@ class _Work:
         """A parameter in the style of those that are merged: trainable if any of them is."""
         nodes = calls_of((*fold.before, *fold.after))
         nodes += [fold.generator.node] if fold.generator is not None else []
-        named = dict(self._model.named_parameters(remove_duplicate=False))
+        named = self._parameters
         read = {source for node in nodes for source in node.all_input_nodes}
         tensors = [self._evidence.tensors[n] for n in read if n in self._evidence.tensors]
         trainable = any(name in named and named[name].requires_grad for name, _ in tensors)
@@ -174,10 +183,10 @@ def _row(evidence: Evidence, fold: Fold, refusal: str | None) -> SiteReport:
     names = (*operator_names(fold.before), own, *operator_names(fold.after))
     if fold.generator is not None:
         out = evidence.size(fold.generator.node)[-1]
-        names = (f"linear {evidence.size(fold.generator.args['input'])[-1]}→{out}", *names)
+        names = (f"linear {evidence.size(fold.generator.source)[-1]}→{out}", *names)
     how = "composed in every call"
     if fold.generator is not None:
-        how = f"computed by one Linear({evidence.size(fold.generator.args['input'])[-1]}, {fold.numbers})"
+        how = f"computed by one Linear({evidence.size(fold.generator.source)[-1]}, {fold.numbers})"
     reason = refusal or f"one {own.removeprefix('computed ')}, its kernel {how}"
     if refusal is None:
         reason = f"costs more with its kernel {how}: {comparison(fold.old, fold.new)}"

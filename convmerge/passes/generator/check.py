@@ -16,6 +16,7 @@ from convmerge.constants import Constants, run_call
 from convmerge.passes.generator.choice import Fold
 from convmerge.passes.generator.kernels import Selection
 from convmerge.passes.generator.numbers import Rows
+from convmerge.recognise import Filter
 from convmerge.regions import calls_of
 from convmerge.verification.probes import Probe, probe
 
@@ -32,13 +33,13 @@ def merged(rows: Rows, forms: Forms) -> Rows:
 def generated_rows(fold: Fold, constants: Constants) -> Rows:
     """Kernel and bias of a layer as functions of what the generator's last layer reads."""
     assert fold.generator is not None
-    args, layer = fold.generator.args, fold.layer
-    weight = constants.tensor(args["weight"])
-    assert weight is not None
-    shift = weight.new_zeros(len(weight)) if args["bias"] is None else constants.tensor(args["bias"])
-    assert shift is not None
+    step = fold.generator.step
+    assert isinstance(step, Filter)
+    form = step.numbers()
+    weight = form.weight
+    shift = weight.new_zeros(len(weight)) if form.bias is None else form.bias
     whole = torch.cat([weight, shift[:, None]], 1)
-    return _rows(fold, whole[layer.weight.rows], constants, whole)
+    return _rows(fold, whole[fold.layer.weight.rows], constants, whole)
 
 
 def _rows(fold: Fold, kernel: Tensor, constants: Constants, whole: Tensor) -> Rows:
@@ -67,8 +68,8 @@ def check(
     values: dict[Node, Any] = {}
     args = evidence.calls[layer.node].args
     if rows is not None and last is not None:
-        hidden = torch.randn(evidence.size(last.args["input"]), generator=generator, dtype=torch.float64)
-        values[last.args["input"]] = hidden
+        hidden = torch.randn(evidence.size(last.source), generator=generator, dtype=torch.float64)
+        values[last.source] = hidden
     else:
         hidden = torch.empty(0, dtype=torch.float64)
         drawn = {

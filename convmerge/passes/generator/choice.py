@@ -6,15 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from torch.fx.node import Node
+
 from convmerge.affine import Geometry
-from convmerge.capture import Call, Evidence
-from convmerge.constants import Constants
+from convmerge.capture import Evidence
 from convmerge.cost import ZERO, Cost
 from convmerge.fold import Place, after, fold_geometry
-from convmerge.passes.generator.kernels import Computed, Selection, ends, pointwise, relayouts
+from convmerge.passes.generator.kernels import Computed, Selection, ends, last_linear, pointwise, relayouts
 from convmerge.passes.generator.numbers import merged_geometry
 from convmerge.plan import Planner
-from convmerge.regions import Chain
+from convmerge.regions import Chain, Leaf, Regions
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Fold:
     after: Chain
     geometry: Geometry
     place: Place
-    generator: Call | None
+    generator: Leaf | None
     numbers: int
     old: Cost
     new: Cost
@@ -46,12 +47,12 @@ class Chooser:
     """Compares the ways to merge a computed kernel with its neighbours, by the planner's costs."""
 
     evidence: Evidence
-    constants: Constants
+    regions: Regions
     planner: Planner
 
     def best(self, layer: Computed) -> tuple[Fold | None, bool]:
         """The cheapest way, if there is one, and whether it gains anything."""
-        last = layer.last_linear(self.evidence, self.constants)
+        last = last_linear(layer, self.evidence, self.regions)
         as_it_is = self._made_by(last) + self._layer(layer, layer.geometry, layer.place)
         as_it_is = as_it_is + self._planned(layer.before) + self._planned(layer.after)
         folds = [
@@ -64,7 +65,7 @@ class Chooser:
             return best, False
         return min(gaining, key=lambda fold: fold.total.key(objective)), True
 
-    def _folds(self, layer: Computed, last: Call | None) -> Iterator[Fold]:
+    def _folds(self, layer: Computed, last: Leaf | None) -> Iterator[Fold]:
         leading = tuple(pointwise(layer, layer.before[::-1]))
         following = tuple(pointwise(layer, layer.after))
         for first in ends(leading):
@@ -80,7 +81,7 @@ class Chooser:
                     yield self._fold(layer, before, layer.after[:count], start, last, generator)
 
     def _fold(
-        self, layer: Computed, before: Chain, taken: Chain, start: Place, last: Call | None, new: Call | None
+        self, layer: Computed, before: Chain, taken: Chain, start: Place, last: Leaf | None, new: Leaf | None
     ) -> Fold:
         g = layer.geometry
         first = fold_geometry(before, start) if before else None
@@ -93,7 +94,7 @@ class Chooser:
         if new is None:
             made = self._made_by(last) + self._composing(layer, first, end)
         else:
-            made = self._linear(self.evidence.size(new.args["input"])[-1], numbers, new)
+            made = self._linear(self.evidence.size(new.source)[-1], numbers, new.node)
         new_cost = made + self._layer(layer, merged, start)
         rest = layer.before[: len(layer.before) - len(before)], layer.after[len(taken) :]
         total = new_cost + self._planned(rest[0]) + self._planned(rest[1])
@@ -111,23 +112,21 @@ class Chooser:
         )
         return replace(cost, weights=0)
 
-    def _made_by(self, last: Call | None) -> Cost:
+    def _made_by(self, last: Leaf | None) -> Cost:
         """The linear layer that computes a kernel, as it is."""
         if last is None:
             return ZERO
-        return self._linear(
-            self.evidence.size(last.args["input"])[-1], self.evidence.size(last.node)[-1], last
-        )
+        return self._linear(self.evidence.size(last.source)[-1], self.evidence.size(last.node)[-1], last.node)
 
-    def _linear(self, into: int, out: int, call: Call, rows: int = 1) -> Cost:
-        geometry, dtype = Geometry.channelwise(into, out, 1, 0, bias=True), self.evidence.dtype(call.node)
+    def _linear(self, into: int, out: int, call: Node, rows: int = 1) -> Cost:
+        geometry, dtype = Geometry.channelwise(into, out, 1, 0, bias=True), self.evidence.dtype(call)
         return self.planner.cost_model.operator(
             "linear", into * rows, geometry=geometry, batch=rows, dtype=dtype
         )
 
     def _composing(self, layer: Computed, first: Geometry | None, end: Geometry | None) -> Cost:
         """Products of kernels in every call, the layouts around them included; the last operator first."""
-        g, call, cost = layer.geometry, self.evidence.calls[layer.node], ZERO
+        g, call, cost = layer.geometry, layer.node, ZERO
         taps = math.prod(g.kernel)
         for form, other in ((end, _inputs(g)), (first, (end or g).out_channels * taps)):
             if form is None:

@@ -16,7 +16,7 @@ from convmerge.capture import Call, Evidence
 from convmerge.constants import Constants, run_call
 from convmerge.fold import Place
 from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
-from convmerge.regions import CHECKS, Chain, Element, Leaf, Regions, Share, Via
+from convmerge.regions import CHECKS, Chain, Element, Leaf, Regions, Share, Via, leaves
 from convmerge.replay import RESHAPES
 
 # Operators that hand on the numbers of their first argument, each at most once, in another layout.
@@ -69,22 +69,22 @@ class Computed:
     before: Chain
     after: Chain
 
-    def last_linear(self, evidence: Evidence, constants: Constants) -> Call | None:
-        """The linear layer that computes kernel and bias, and nothing else, for one sample; None if none."""
-        call = evidence.calls.get(self.weight.root)
-        if call is None or call.op != "linear" or call.args["input"] in constants:
+
+def last_linear(layer: Computed, evidence: Evidence, regions: Regions) -> Leaf | None:
+    """The linear layer that computes kernel and bias, and nothing else, for one sample; None if none."""
+    root = layer.weight.root
+    found = next((leaf for chain in regions.chains for leaf in leaves(chain) if leaf.node is root), None)
+    if found is None or not isinstance(found.step, Filter) or found.step.kind != "linear":
+        return None
+    between = set(layer.weight.calls)
+    if isinstance(layer.bias, Selection):
+        if layer.bias.root is not root:
             return None
-        between = set(self.weight.calls)
-        if isinstance(self.bias, Selection):
-            if self.bias.root is not self.weight.root:
-                return None
-            between.update(self.bias.calls)
-        parameters = [call.args[name] for name in ("weight", "bias") if call.args[name] is not None]
-        constant = all(value in constants for value in parameters)
-        single = math.prod(evidence.size(call.node)[:-1]) == 1
-        made = {call.node, *between}
-        alone = {user for node in made for user in _readers(evidence, node)} <= {self.node, *between}
-        return call if single and constant and alone and not made & evidence.outputs else None
+        between.update(layer.bias.calls)
+    made = {root, *between}
+    alone = {user for node in made for user in _readers(evidence, node)} <= {layer.node, *between}
+    single = math.prod(evidence.size(root)[:-1]) == 1
+    return found if single and alone and not made & evidence.outputs else None
 
 
 def computed_layers(evidence: Evidence, constants: Constants, regions: Regions) -> Iterator[Computed]:
