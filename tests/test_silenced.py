@@ -368,6 +368,31 @@ def test_dtype_gradients_and_memory_format_stay() -> None:
     assert [p.requires_grad for p in result.parameters()] == [True, True, False, False]
 
 
+def test_constants_that_overflow_as_a_bias_are_refused() -> None:
+    model = nn.Sequential(silence(nn.Conv2d(3, 5, 1), 1, 2, bias=2.0), nn.Conv2d(5, 4, 1)).half().eval()
+    model[1].weight.data[:, 1:3] = 3e4
+    result = remove_silenced(model, as_inputs(X.half()))
+    assert result.model is model and "too large for float16" in refusals(result)
+
+
+def test_a_small_constant_does_not_stand_for_large_ones() -> None:
+    head = nn.Conv2d(8, 2, 1)
+    layers = [silence(nn.Conv2d(3, 7, 1), 1, 2, 4, bias=2.0), nn.Conv2d(7, 8, 3, padding=1), head]
+    with torch.no_grad():
+        layers[0].bias[2] = 1e-7
+    result = removed(nn.Sequential(*layers), X).model
+    assert result[1].in_channels == 5 and float(result[1].weight.abs().max()) < 10
+
+
+def test_hooks_on_the_whole_model_see_only_its_inputs_and_outputs() -> None:
+    layers = [silence(nn.Conv2d(3, 5, 1), 1), nn.Conv2d(5, 5, 1), nn.ReLU(), nn.Conv2d(5, 3, 1), nn.ReLU()]
+    model = nn.Sequential(nn.Identity(), nn.Sequential(*layers))
+    silence(model[1][1], 2)
+    model[1].register_forward_hook(lambda module, args, output: None)
+    result = removed(model, X).model
+    assert [m.out_channels for m in result[1] if isinstance(m, nn.Conv2d)] == [5, 4, 3]
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

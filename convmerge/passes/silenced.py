@@ -62,7 +62,13 @@ def remove_silenced(
     for trusting in (True, False):
         owners = Owners(model, evidence, constants, only, skip, trusting)
         alignment = align(evidence, constants, owners.watched, trusting=trusting)
-        removal = _Removal.plan(alignment, owners)
+        try:
+            removal = _Removal.plan(alignment, owners)
+        except Refusal as refusal:
+            site = SiteReport(
+                type(model).__name__, (), "", "refuse", f"silenced channels stay: {refusal.reason}"
+            )
+            return Prepared(model, inputs, (site,))
         sites = rows(removal.live, removal.folded, static=static, why=why)
         if not removal.edits.values:
             return Prepared(model, inputs, sites)

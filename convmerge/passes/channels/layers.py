@@ -79,7 +79,7 @@ class Owners:
         return None
 
     def _crosses(self, call: Call, key: str) -> bool:
-        others = [*call.node.users, *call.node.all_input_nodes]
+        others = [n for n in (*call.node.users, *call.node.all_input_nodes) if n not in self.constants]
         calls = [self.evidence.calls[n] for n in others if n in self.evidence.calls]
         inside = [any(frame.key == key for frame in other.stack) for other in calls]
         return len(calls) < len(others) or not all(inside)

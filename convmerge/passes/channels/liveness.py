@@ -23,6 +23,7 @@ from torch.fx.node import Node
 from convmerge.passes.channels.alignment import Alignment, EqualParts, Facts, Lanes, Mix, Wall, mixes
 
 CHUNK = 1 << 24  # weights looked at in one go
+LARGE = 1 / 8  # of the largest constant
 COMPUTED = "it goes together with channels that are still computed"
 ONE_STAYS = "a layer keeps one channel"
 
@@ -208,12 +209,16 @@ class Liveness:
             self._fragile[mix] = fragile
 
     def _choose_stand_ins(self, mix: Mix, fragile: Tensor) -> None:
-        """In every group the largest constant, of the channels that stay anyway if there are any."""
+        """In every group a large constant, of the channels that stay anyway if there is one.
+
+        The others become multiples of it, and with it the rounding error that it has in the model's dtype.
+        """
         value = self.facts[mix.source].value.reshape(fragile.shape).abs()
         kept = self.kept(mix.inputs.ids).reshape(fragile.shape)
         chosen: dict[int, int] = {}
         for group in fragile.any(1).nonzero().flatten().tolist():
-            among = fragile[group] & kept[group]
+            large = value[group] >= value[group][fragile[group]].max() * LARGE
+            among = fragile[group] & kept[group] & large
             among = among if among.any() else fragile[group]
             place = int(value[group].where(among, -1.0).argmax())
             chosen[group] = group * fragile.shape[1] + place
