@@ -33,7 +33,22 @@ class Cut:
 
 def home_of(trace: Trace, edit: GraphEdit) -> Cut:
     """What the merged layer of an edit stands for. Raises Refusal as :func:`cut`."""
+    if edit.added is not None:
+        parts_of(trace, edit.added)
+    if edit.operand is not None:
+        position, index = edit.operand
+        value = parts_of(trace, position)[index]
+        return Cut((), value, (value,))
     return cut(trace, edit.home, edit.regroup, edit.pieces)
+
+
+def parts_of(trace: Trace, position: int) -> list[Node]:
+    """What the concatenation at a position joins. Raises Refusal where the code writes it in another way."""
+    node = trace.made_by[position]
+    parts = node.args[0] if node.target in (torch.cat, torch.concat) and node.args else None
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, Node) for part in parts):
+        raise Refusal("the code concatenates in a way that its terms cannot be told from")
+    return [part for part in parts if isinstance(part, Node)]
 
 
 def cut(

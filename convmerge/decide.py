@@ -117,7 +117,8 @@ class Decider:
         problems: dict[Site, str] = {}
         for site in sites:
             try:
-                edits[site] = lower(self.frames, site.home, site.emptied, self.model)
+                added = site.opens.target if site.opens is not None else None
+                edits[site] = lower(self.frames, site.home, site.emptied, self.model, added)
             except Refusal as refusal:
                 problems[site] = refusal.reason
         return problems

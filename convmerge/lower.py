@@ -8,7 +8,7 @@ code (that module is traced by torch.fx, and its trace must agree with the evide
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
 from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
 from convmerge.recognise import Same
-from convmerge.regions import CHECKS, Block, Edge, Element, Fork, Leaf, calls_of, leaves
+from convmerge.regions import CHECKS, Block, Edge, Element, Fork, Leaf, Via, calls_of, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,9 @@ class GraphEdit:
         opened: paths of submodules whose own code is edited too.
         regroup: for a part of a larger sum, what becomes of that.
         pieces: for siblings, the values that are parts of the merged layer's output, in its order.
+        operand: where the merged layer replaces no calls but stands in front of an operand: the position of
+            the call that concatenates, and which operand it is.
+        added: position of a call that concatenates and is to add up.
     """
 
     owner: str
@@ -93,6 +96,8 @@ class GraphEdit:
     opened: frozenset[str] = field(default_factory=frozenset)
     regroup: Regroup | None = None
     pieces: tuple[Piece, ...] = ()
+    operand: tuple[int, int] | None = None
+    added: int | None = None
 
 
 Edit = UnitEdit | GraphEdit
@@ -137,10 +142,17 @@ class Frames:
         return unit
 
 
-def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -> Edit:
-    """How a site is written back. Raises Refusal where no way is known to be exact."""
+def lower(
+    frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module, added: Node | None = None
+) -> Edit:
+    """How a site is written back; ``added`` is a concatenation that is to become a sum with it.
+
+    Raises Refusal where no way is known to be exact.
+    """
     _check_memory(frames.evidence, [home, *emptied])
     try:
+        if added is not None or edge_of(home) is not None:
+            raise Refusal("the code that concatenates is not known")
         if open_block(home) is not None:
             raise Refusal("the sum has a term that starts from another value")
         if fork_of(home) is not None:
@@ -148,10 +160,29 @@ def lower(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -
         return _as_units(frames, home, emptied, model)
     except Refusal as refusal:
         unit_reason = refusal.reason
-    owner = innermost_common(frames, [n for run in (home, *emptied) for n in calls_of(run.elements)])
+    joins = _joining_calls(home, added)
+    owner = innermost_common(frames, [*joins, *(n for r in (home, *emptied) for n in calls_of(r.elements))])
     if owner.path not in frames.evidence.signatures:
         raise Refusal(unit_reason)
-    return _as_graph(frames, owner, home, emptied, model)
+    edit = _as_graph(frames, owner, home, emptied, model)
+    position = {node: index for index, node in enumerate(frames.calls[owner])}
+    opened = edit.opened | {f.path for node in joins for f in _below(frames.call(node), owner)}
+    edge = edge_of(home)
+    return replace(
+        edit,
+        opened=opened,
+        operand=None if edge is None else (position[edge.call], edge.index),
+        added=None if added is None else position[added],
+    )
+
+
+def _joining_calls(home: Run, added: Node | None) -> list[Node]:
+    """Calls that add up or concatenate and are edited with a run."""
+    block, edge = open_block(home), edge_of(home)
+    calls = list(block.sums) if block is not None else []
+    if edge is not None:
+        calls.append(edge.call)
+    return calls if added is None else [*calls, added]
 
 
 def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
@@ -165,6 +196,8 @@ def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
         return
     for run in runs:
         nodes = set(calls_of(run.elements))
+        if not nodes:
+            continue
         indices = [evidence.calls[node].index for node in nodes]
         root = memory_root(run.source)
         for written, call in writes:
@@ -308,7 +341,6 @@ def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], m
     regroup = None
     if (block := open_block(home)) is not None:
         check_sums(frames.evidence, block.sums)
-        opened.update(f.path for node in block.sums for f in _below(frames.call(node), owner))
         dropped = frozenset((position[edge.call], edge.index) for edge in dropped_edges(block))
         sums = tuple(sorted(position[node] for node in block.sums))
         regroup = Regroup(sums, dropped, position[block.target])
@@ -332,6 +364,11 @@ def open_block(run: Run) -> Block | None:
     """The part of a larger sum in which a run ends."""
     last = run.elements[-1]
     return last if isinstance(last, Block) and last.partial and not isinstance(last, Fork) else None
+
+
+def edge_of(run: Run) -> Edge | None:
+    """The operand of a concatenation that a run is, which has no calls then."""
+    return run.elements[0].edge if isinstance(run.elements[0], Via) else None
 
 
 def fork_of(run: Run) -> Fork | None:

@@ -42,9 +42,23 @@ class Leaf:
         return (*through, self.node, *(self.step.writes if isinstance(self.step, BorderFill) else ()))
 
 
+@dataclass(frozen=True)
+class Edge:
+    """One operand of a join: number ``index`` of the tensors that ``call`` adds up or concatenates."""
+
+    call: Node
+    index: int
+
+
 @dataclass(frozen=True, eq=False)
 class Via(Leaf):
-    """Where a term joins others: alone, it goes through unchanged. Stands for no call."""
+    """Where a term joins others: alone, it goes through unchanged. Stands for no call.
+
+    Attributes:
+        edge: for a term of a concatenation, the operand that it is: a new layer can stand there.
+    """
+
+    edge: Edge | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +77,6 @@ class Share(Leaf):
     of: Leaf = field(kw_only=True)
     constant: float = 0.0
     start: int | None = None
-
-
-@dataclass(frozen=True)
-class Edge:
-    """One operand of a sum: number ``index`` of the tensors that ``call`` adds up."""
-
-    call: Node
-    index: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,10 @@ state_dict keys.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.fx.node import Node
@@ -132,10 +133,15 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         name = _place_name(owner, trace, home, index, taken)
         old = _child(owner, name)
         _place(owner, name, stand_in(replacement.layer, old) if old is not None else replacement.layer)
-        if edit.pieces:
+        if edit.operand is not None:
+            insert_before(graph, copies[trace.made_by[edit.operand[0]]], edit.operand[1], name)
+        elif edit.pieces:
             _replace_by_parts(graph, home, copies, name, edit.pieces)
         else:
             replace_part(graph, home, copies, name)
+    for edit in edits:
+        if edit.added is not None:
+            _add_up(graph, copies[trace.made_by[edit.added]])
     _drop_dead(graph, owner)
     graph.lint()
     if (chain := as_sequential(owner, graph)) is not None:
@@ -157,6 +163,24 @@ def replace_part(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str
     for node in reversed(nodes):
         graph.erase_node(node)
     copies[part.result] = new  # another replacement may begin here
+
+
+def insert_before(graph: fx.Graph, node: Node, index: int, name: str) -> None:
+    """Put a call of the module ``name`` in front of one of the values that a node concatenates."""
+    parts = list(cast(Sequence[Node], node.args[0]))
+    with graph.inserting_before(node):
+        parts[index] = graph.call_module(name, (parts[index],))
+    node.args = (parts, *node.args[1:])
+
+
+def _add_up(graph: fx.Graph, node: Node) -> None:
+    """Put a sum of the values in place of their concatenation."""
+    total, *rest = cast(Sequence[Node], node.args[0])
+    with graph.inserting_before(node):
+        for value in rest:
+            total = graph.call_function(operator.add, (total, value))
+    node.replace_all_uses_with(total)
+    graph.erase_node(node)
 
 
 def _replace_by_parts(

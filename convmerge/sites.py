@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from torch.fx.node import Node
+
 from convmerge.affine import Geometry
 from convmerge.cost import Cost
-from convmerge.decide import Decider, Decisions, site_paths
+from convmerge.decide import Decider, Decisions
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
 from convmerge.fold import geometry_of, place_of
@@ -16,7 +18,7 @@ from convmerge.layers import Built
 from convmerge.plan import Denial, Site
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.recognise.generated import APPLY
-from convmerge.regions import Block, Element, Fork, Leaf, Regions, calls_of, leaves
+from convmerge.regions import Block, Element, Fork, Leaf, Regions, Share, calls_of, leaves
 from convmerge.report import SiteReport
 from convmerge.structure import structural_denials
 
@@ -43,7 +45,12 @@ def describe_unknown(regions: Regions) -> dict[str, int]:
 
 
 def _when(decider: Decider, elements: Sequence[Element]) -> int:
-    return min(decider.evidence.calls[node].index for node in calls_of(elements))
+    return min(decider.evidence.calls[node].index for node in _calls(elements))
+
+
+def _calls(elements: Sequence[Element]) -> list[Node]:
+    """The calls of the elements; of what is nothing but a share of an operator, that operator's."""
+    return calls_of(elements) or [e.node for e in elements if isinstance(e, Share)]
 
 
 def _merge_row(
@@ -130,7 +137,7 @@ def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteRe
 
 
 def _place(decider: Decider, elements: Sequence[Element]) -> str:
-    return place_name(site_paths(decider.evidence, elements))
+    return place_name(list(dict.fromkeys(decider.evidence.calls[node].path for node in _calls(elements))))
 
 
 def place_name(paths: Sequence[str]) -> str:

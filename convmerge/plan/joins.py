@@ -5,11 +5,13 @@ F(t1 + t2) = F t1 + F t2, with the response to zeros counted once; F(cat(t1, t2)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from convmerge.affine import Affine
+from convmerge.algebra import split
 from convmerge.cost import ZERO, Cost
 from convmerge.errors import Refusal
 from convmerge.fold import Place, place_of
@@ -20,6 +22,7 @@ from convmerge.regions import Chain, Element, Join, Leaf, Regions, Share, Via, l
 if TYPE_CHECKING:
     from convmerge.plan.planner import Planner
 
+LESS_WORK = 0.98
 MOVED = 8  # operators in a row after a join that may move into its terms
 APART = "adds a tensor that depends on another input"
 
@@ -43,11 +46,11 @@ def units(regions: Regions) -> list[Chain | Junction]:
     found: list[Chain | Junction] = []
     for join in reversed(regions.joins):
         following = beginning.get(join.target) if join.single else None
-        if following is None or join.joined != "sum":
+        if following is None:
             continue
         terms = tuple(ending.get(id(t.elements[-1]), ()) if t.elements else () for t in join.terms)
         chains = {id(chain) for chain in (*terms, following) if chain}
-        if not chains & taken and len(chains) > sum(not chain for chain in terms):
+        if not chains & taken and any(terms):
             taken |= chains
             found.append(Junction(join, terms, following))
     return [chain for chain in regions.chains if id(chain) not in taken] + found
@@ -57,7 +60,7 @@ def plan_junction(planner: Planner, junction: Junction) -> ChainPlan:
     """The cheaper of both: the operators after the join where they are, or the first few in its terms."""
     chains = [chain for chain in (*junction.terms, junction.following) if chain]
     kept = [planner.plan(chain) for chain in chains]
-    best = _cost(planner, chains)
+    best = _cost(planner, chains) + _joining(planner, junction)
     chosen: _Spread | None = None
     reason, considered = APART, None
     for count in range(1, min(_movable(junction.following), MOVED) + 1):
@@ -69,12 +72,17 @@ def plan_junction(planner: Planner, junction: Junction) -> ChainPlan:
         if spread is None:
             continue
         considered = considered or spread
-        if planner.gains(spread.cost, best):
+        if planner.gains(spread.cost, best) and _is_less_work(junction, spread.cost, best):
             best, chosen = spread.cost, spread
     if chosen is None:
         return _merged([*kept, ChainPlan((), tuple(_denied(planner, junction, reason, considered)))])
     rest = junction.following[chosen.count :]
     return _merged([*chosen.plans(planner), *([planner.plan(rest)] if rest else [])])
+
+
+def _is_less_work(junction: Junction, after: Cost, before: Cost) -> bool:
+    """A concatenation is given up for fewer MACs only: saving the copy is not worth more calls."""
+    return junction.join.joined == "sum" or after.macs < LESS_WORK * before.macs
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +122,26 @@ def _movable(chain: Chain) -> int:
 
 def _spread(planner: Planner, junction: Junction, count: int) -> _Spread | None:
     """None where a part of it is not wanted, or a term has nothing to merge with. Raises Refusal."""
-    moved = junction.following[:count]
-    if all(is_same(e) for e in moved) or not all(junction.terms):
+    join, moved = junction.join, junction.following[:count]
+    if all(is_same(e) for e in moved):
+        return None
+    if join.joined == "sum" and not all(junction.terms):
         return None
     home = _with_bias(junction)
     chains, parts = [], []
-    for index, (term, chain) in enumerate(zip(junction.join.terms, junction.terms, strict=True)):
+    start = 0
+    for index, (term, chain) in enumerate(zip(join.terms, junction.terms, strict=True)):
         constant = 1 / term.factor if index == home else 0.0
-        via = Via(chain[-1].target, junction.join.target, Same(chain[-1].target), implied=True)
-        whole = (*chain, via, *(_share(e, constant) for e in moved))
+        if join.joined == "sum":
+            via = Via(term.value, join.target, Same(term.value), True)
+            shares = [_share(e, constant) for e in moved]
+        else:
+            assert join.axis is not None
+            channels = planner.evidence.size(term.value)[join.axis]
+            via = Via(term.value, join.target, Same(term.value), True, term.edge)
+            shares = _shares_of_channels(moved, constant, join.axis, start, channels)
+            start += channels
+        whole = (*chain, via, *shares)
         found = _ended(planner, whole, len(chain), planner.cost_as_is(moved) if constant else ZERO)
         if found is None:
             return None
@@ -133,7 +152,55 @@ def _spread(planner: Planner, junction: Junction, count: int) -> _Spread | None:
         parts.append((*found[:-1], replace(last, site=site)))
     cost = sum((part.cost for found in parts for part in found), ZERO)
     rest = junction.following[count:]
-    return _Spread(count, tuple(chains), tuple(parts), cost + _cost(planner, [rest] if rest else []))
+    cost = cost + _cost(planner, [rest] if rest else []) + _adding(planner, junction, moved[-1])
+    return _Spread(count, tuple(chains), tuple(parts), cost)
+
+
+def _joining(planner: Planner, junction: Junction) -> Cost:
+    """What a concatenation costs that would become a sum."""
+    join = junction.join
+    volume, dtype = math.prod(planner.evidence.size(join.target)), planner.evidence.dtype(join.target)
+    return ZERO if join.joined == "sum" else planner.cost_model.operator("cat", volume, dtype=dtype)
+
+
+def _adding(planner: Planner, junction: Junction, last: Element) -> Cost:
+    """What the additions cost that a concatenation becomes, behind the operators up to ``last``."""
+    if junction.join.joined == "sum":
+        return ZERO
+    volume, dtype = math.prod(planner.evidence.size(last.target)), planner.evidence.dtype(last.target)
+    add = planner.cost_model.operator("add", volume, dtype=dtype)
+    return sum((add for _ in junction.terms[1:]), ZERO)
+
+
+def _shares_of_channels(moved: Chain, constant: float, axis: int, start: int, channels: int) -> list[Leaf]:
+    """Operators after a concatenation on one of its terms; the first filter mixes the channels of all.
+
+    Raises Refusal.
+    """
+    first = next(i for i, e in enumerate(moved) if not is_same(e))
+    filter_ = moved[first]
+    assert isinstance(filter_, Leaf)
+    step = filter_.step
+    if not isinstance(step, Filter) or step.axis != axis or step.geometry.groups > 1:
+        raise Refusal("what follows does not mix the channels that are concatenated")
+    whole = step
+    geometry = replace(step.geometry, in_channels=channels, bias=step.geometry.bias and constant != 0)
+
+    def numbers() -> Affine:
+        form = whole.numbers()
+        rest = form.geometry.in_channels - start - channels
+        part = split(form, [n for n in (start, channels, rest) if n])[start > 0]
+        return part.with_bias(form.bias * constant if form.bias is not None and constant else None)
+
+    restricted = replace(step, geometry=geometry, numbers=numbers)
+    share = Share(
+        filter_.source, filter_.node, restricted, not constant, of=filter_, constant=constant, start=start
+    )
+    return [
+        *(_share(e, constant) for e in moved[:first]),
+        share,
+        *(_share(e, constant) for e in moved[first + 1 :]),
+    ]
 
 
 def _with_bias(junction: Junction) -> int:
@@ -174,9 +241,11 @@ def _ended(planner: Planner, chain: Chain, own: int, moved: Cost) -> list[Part] 
     table = planner.table(chain[:own])
     options: list[tuple[Cost, Part]] = []
     refusal: Refusal | None = None
-    for first in reversed(range(max(0, own - planner.window), own)):
+    via = chain[own]
+    alone = isinstance(via, Via) and via.edge is not None
+    for first in reversed(range(max(0, own - planner.window), own + alone)):
         elements = chain[first:]
-        if is_passage(chain[first]) or all(is_same(e) for e in chain[first:own]):
+        if is_passage(chain[first]) or (first < own and all(is_same(e) for e in chain[first:own])):
             continue
         try:
             site = planner.site(elements, planner.cost_as_is(chain[first:own]) + moved)
@@ -206,11 +275,14 @@ def _denied(planner: Planner, junction: Junction, reason: str, considered: _Spre
     if first is None or last is None or not _is_operator(first):
         return []
     elements = (last, first)
+    if junction.join.joined == "cat" and considered is None:
+        return []
     place = place_of(planner.evidence, elements) or Place(0, (1,))
+    words = "sum" if junction.join.joined == "sum" else "concatenation"
     if considered is not None:
         before = sum((site.before for site in considered.sites), ZERO)
         after = sum((site.after for site in considered.sites), ZERO)
-        return [Denial(elements, place, "costs more in every term of the sum", before, after)]
+        return [Denial(elements, place, f"costs more in every term of the {words}", before, after)]
     return [Denial(elements, place, reason)]
 
 

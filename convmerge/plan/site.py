@@ -28,7 +28,7 @@ from convmerge.fold import (
 )
 from convmerge.lower import Run
 from convmerge.recognise import Passage, Same
-from convmerge.regions import Chain, Element, Fork, Join, Leaf, Via
+from convmerge.regions import Chain, Element, Fork, Join, Leaf, Share, Via
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,12 @@ class Site:
     joint: Join | None = None
     blocks: Blocks | None = None
     spare: int = 0
+
+    @property
+    def opens(self) -> Join | None:
+        """The concatenation that becomes a sum, at the one of its terms that takes over the operators."""
+        taken = any(isinstance(e, Share) and e.constant for e in self.elements)
+        return self.joint if taken and self.joint is not None and self.joint.joined == "cat" else None
 
     @property
     def ends(self) -> tuple[Node, Node]:
@@ -111,6 +117,8 @@ def ends_of(elements: Sequence[Element]) -> tuple[Node, Node]:
     """Source and target of elements, identities at either end not counted; of siblings the last and first."""
     if elements and isinstance(fork := elements[0], Fork):
         return fork.branches[-1][-1].target, fork.target
+    if elements and isinstance(elements[0], Via):
+        return elements[0].source, elements[-1].target
     solid = [e for e in elements if not is_same(e)] or list(elements)
     return solid[0].source, solid[-1].target
 
@@ -148,7 +156,10 @@ def before_join(run: Run) -> Run | None:
     """The part of a run that a new layer can replace: what stands before its value joins others."""
     end = next((i for i, e in enumerate(run.elements) if isinstance(e, Via)), len(run.elements))
     elements = run.elements[:end]
-    return None if all(is_same(e) for e in elements) else Run(elements)
+    if not all(is_same(e) for e in elements):
+        return Run(elements)
+    via = run.elements[end] if end < len(run.elements) else None
+    return Run((via,)) if isinstance(via, Via) and via.edge is not None else None
 
 
 def at_home(geometries: Sequence[tuple[Place, Geometry]], possible: Sequence[bool]) -> tuple[int, Geometry]:
