@@ -10,6 +10,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from convmerge.inputs import as_inputs
+from convmerge.passes import Prepared
+from convmerge.passes.silenced import remove_silenced
+
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.Hardswish, nn.GELU, nn.Tanh, nn.ELU),
     *(nn.LeakyReLU, nn.Hardsigmoid, nn.Mish, nn.Softsign, nn.LogSigmoid, nn.Identity),
@@ -255,3 +259,25 @@ def pruned_model(name: str, amount: float, *, last: bool = True, head: int | Non
     for layer in layers if last else layers[:-1]:
         prune.ln_structured(layer, "weight", amount, 2, 0)
     return model.eval()
+
+
+TOLERANCE = 1e-9
+
+
+def apart(a: nn.Module, b: nn.Module, *inputs: Tensor) -> float:
+    """max |a(x) - b(x)| over max |a(x)|."""
+    with torch.no_grad():
+        wanted, found = a(*inputs), b(*inputs)
+    assert found.shape == wanted.shape
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+
+
+def removed(model: nn.Module, *inputs: Tensor, **options: tuple[str, ...]) -> Prepared:
+    """Run the pass in float64, with the result compared and the model found unchanged."""
+    model = model.double().eval()
+    inputs = tuple(x.double() for x in inputs)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = remove_silenced(model, as_inputs(inputs), **options)
+    assert apart(model, result.model, *inputs) < TOLERANCE
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    return result
