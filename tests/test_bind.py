@@ -145,7 +145,7 @@ class Painted(nn.Module):
 
 
 class Filled2d(nn.Module):
-    """The vector as channels of a map that is made from zeros, a pruned layer, parts of a tensor in a loop."""
+    """The vector as channels of a map made from zeros, a pruned layer, parts of a tensor in a loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,6 +278,17 @@ def test_any_batch_size_where_the_code_repeats_the_value() -> None:
     assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in left.values())
     x = torch.cat([X, 2 * X, -X])
     assert_close(fused(x), model(x, STEP), 1e-9)
+
+
+def test_a_value_for_every_sample_where_its_reader_does_not_broadcast() -> None:
+    def forward(self: Any, x: Tensor, cond: Tensor) -> Tensor:
+        beside = self.embed(cond.expand(x.shape[0], -1))
+        return self.out(torch.cat([x.mean((2, 3)), beside], 1))
+
+    model = randomised(Two(forward, embed=nn.Linear(5, 2), out=nn.Linear(5, 4)))
+    fused = convmerge.fuse(model, (X, COND), bind={"cond": COND}).model
+    x = torch.cat([X, 2 * X, -X])
+    assert_close(fused(x), model(x, COND), 1e-9)
 
 
 def test_a_size_that_the_code_branches_on_is_asserted() -> None:
