@@ -8,6 +8,7 @@ import pytest
 import torch
 from captured import assert_close
 from models import Residual
+from test_fuzz import SIZE, RandomModel
 from torch import Tensor, nn
 
 import convmerge
@@ -182,6 +183,42 @@ def test_random_copies_in_a_random_model(seed: int) -> None:
     model = nn.Sequential(*layers, nn.Conv2d(c, 2, 1))
     before, after = sum(widths(model)), sum(widths(reduced(model, x).model))
     assert before - after == removed, f"seed {seed}: {model}"
+
+
+def sprinkled(seed: int) -> tuple[nn.Module, Tensor]:
+    """A random program of layers, branches and sums, with copies in most of its layers."""
+    model, rng = RandomModel(seed).double().eval(), random.Random(seed)
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or rng.random() < 0.2:
+            continue
+        outputs = module.weight.shape[int(isinstance(module, nn.ConvTranspose2d))]
+        if outputs > 1:
+            copy_rows(module, (*rng.sample(range(outputs), 2), rng.choice([1.0, 1.0, 2.0, -1.0, 0.5])))
+    generator = torch.Generator().manual_seed(seed)
+    return model, torch.randn(2, model.channels, SIZE, SIZE, generator=generator)
+
+
+def exact_or_refused(seeds: range) -> int:
+    """How many models became smaller, all of them being what they were."""
+    smaller = 0
+    for seed in seeds:
+        model, x = sprinkled(seed)
+        prepared = remove_duplicates(model, Inputs((x,)))
+        with torch.no_grad():
+            expected, found = model(x), prepared.model(x)
+        apart = (expected - found).abs().max() / expected.abs().max().clamp_min(1e-300)
+        assert apart < 1e-10, f"sprinkled({seed}): {apart:.1e}"
+        smaller += prepared.model is not model
+    return smaller
+
+
+def test_random_programs_with_copies() -> None:
+    assert exact_or_refused(range(10)) >= 3
+
+
+@pytest.mark.long
+def test_many_random_programs_with_copies() -> None:
+    assert exact_or_refused(range(10, 160)) >= 60
 
 
 def test_fuse_and_inspect_report_them() -> None:
