@@ -124,9 +124,8 @@ _KINDS = {
     "narrow": "view",
     "channels": "view",
 }
-# Products of blocks, and how many views and the like stand around one.
-_PRODUCTS = ("einsum", "bmm", "baddbmm", "matmul")
-_VIEWS = 4
+# Products of blocks → how many views more there are in and around one than in a batched layer.
+_PRODUCTS = {"einsum": 4, "matmul": 4, "bmm": 0, "baddbmm": 0}
 
 
 def layer_cost(
@@ -209,8 +208,11 @@ def operator_cost(
     if name in _LAYERS:
         return layer_cost(Layer(_LAYERS[name], geometry), size, batch=batch, dtype=dtype)
     if name in _PRODUCTS and not geometry.spatial:
-        product = layer_cost(Layer("batched_linear", geometry), size, batch=batch, dtype=dtype)
-        return replace(product, latency=product.latency + _VIEWS * Load("view", 0, 0).latency)
+        kinds: tuple[Kind, ...] = ("batched_linear", "batched_rows")
+        ways = [layer_cost(Layer(kind, geometry), size, batch=batch, dtype=dtype) for kind in kinds]
+        product = min(ways, key=Cost.key)
+        around = _PRODUCTS[name] * Load("view", 0, 0).latency
+        return replace(product, latency=product.latency + around)
     moved = batch * activations(geometry, size) * bytes_of(dtype)
     taps = batch * geometry.macs(size) if kind == "pool" else 0
     weights = geometry.weights if kind in ("batch norm", "elementwise") else 0

@@ -107,12 +107,6 @@ WRITTEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
         ).reshape(-1, BLOCKS * OUT),
         ROWS,
     ),
-    "baddbmm": (
-        lambda m, x: torch.baddbmm(
-            m.bias.unsqueeze(1), x.view(-1, BLOCKS, INTO).transpose(0, 1), m.weight
-        ).transpose(0, 1).reshape(-1, BLOCKS * OUT),
-        ROWS,
-    ),
     "matmul": (
         lambda m, x: (x.view(-1, BLOCKS, 1, INTO) @ m.weight).reshape(-1, BLOCKS * OUT) + m.bias.flatten(),
         ROWS,
@@ -178,6 +172,31 @@ def test_batched_layers_take_any_leading_dimensions() -> None:
         layer(x)[0, 0, 0], layer(x[0, 0, 0])
     )
     assert layer(x[:0]).shape == (0, 3, 4, BLOCKS * OUT)
+
+
+def test_a_batched_product_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        blocks = x.view(-1, BLOCKS, INTO).transpose(0, 1)
+        return torch.bmm(blocks, m.weight).transpose(0, 1).reshape(-1, BLOCKS * OUT)
+
+    assert not merged(fused(model_of(forward), ROWS))
+    model = nn.Sequential(model_of(forward), nn.BatchNorm1d(BLOCKS * OUT))
+    (site,) = merged(fused(randomised(model), ROWS))
+    assert site.operators == ("bmm of 7 blocks", "batch_norm") and BATCHED in site.reason
+
+
+def left_to_merge(result: convmerge.Result, shape: tuple[int, ...]) -> list[SiteReport]:
+    report = convmerge.check(result.model, torch.randn(shape).double())
+    return [site for site in report.sites if site.action == "merge"]
+
+
+@pytest.mark.parametrize("shape", [(2, 427), (300, 427), (2, 3, 427)])
+def test_what_was_made_is_not_made_again(shape: tuple[int, ...]) -> None:
+    result = fused(Loop([INTO] * BLOCKS, [OUT] * BLOCKS), shape)
+    assert merged(result) and not left_to_merge(result, shape)
+    mask = shuffled(block_mask([131, 217, 79], [191, 49, 187]), seed=1)
+    result = fused(nn.Sequential(masked(mask), nn.ReLU()), (300, 427))
+    assert merged(result) and not left_to_merge(result, (300, 427))
 
 
 def test_two_grouped_convolutions_for_sizes_that_do_not_divide() -> None:

@@ -50,7 +50,7 @@ class LeafCosts:
             return self.model.operator("mul", math.prod(shape), dtype=dtype)
         place = Place(step.axis, shape)
         name = step.kind.split()[0]
-        return self.model.operator(
+        cost = self.model.operator(
             name,
             math.prod(shape),
             geometry=step.geometry,
@@ -58,3 +58,8 @@ class LeafCosts:
             batch=place.batch,
             dtype=dtype,
         )
+        added = [n for n in step.through if self.frames.evidence.calls[n].op == "add"]
+        sums = (
+            self.model.operator("add", math.prod(self.frames.evidence.size(n)), dtype=dtype) for n in added
+        )
+        return sum(sums, cost)
