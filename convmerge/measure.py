@@ -166,11 +166,15 @@ def _as_it_is(
 
 
 def _biased(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The layers, each with a bias if it can have one.
+    """The layers, the convolutions and linear ones with a bias.
 
-    Whether there is one hardly matters for the time, and what takes over a bias is not to look slower by it.
+    Whether they have one hardly matters for the time, and what takes over a bias is not to look slower by it.
+    It does matter for transposed convolutions.
     """
-    return tuple(replace(x, geometry=replace(x.geometry, bias=True)) for x in layers)
+    usual = ("conv", "linear", "batched_linear")
+    return tuple(
+        replace(x, geometry=replace(x.geometry, bias=True)) if x.kind in usual else x for x in layers
+    )
 
 
 def runnable(subject: Subject, memory_format: torch.memory_format = torch.contiguous_format) -> Run:

@@ -36,7 +36,7 @@ class Case:
 
 def square(layer: Kind, channels: tuple[int, int], axis: Axis, size: int, groups: int = 1) -> Case:
     """A layer on a square map."""
-    return layer_case(layer, from_axes(*channels, groups, [axis] * 2, layer == "conv"), (size, size))
+    return layer_case(layer, from_axes(*channels, groups, [axis] * 2, layer.startswith("conv")), (size, size))
 
 
 def layer_case(kind: Kind, g: Geometry, size: tuple[int, ...], batch: int = 1) -> Case:
