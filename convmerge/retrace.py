@@ -9,12 +9,14 @@ that module.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import Node, map_arg
 
 from convmerge.capture import Evidence, Frame, Signature, live_calls, plain_defaults
@@ -89,7 +91,18 @@ def _trace(module: nn.Module, signature: Signature, opened: frozenset[str]) -> f
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         node.target = name  # tracing with defaults renames parameters, which keyword callers would miss
+    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+        _spell_out(graph, node)
     return graph
+
+
+def _spell_out(graph: fx.Graph, node: Node) -> None:
+    """Say that an argument is None in a way that torch.fx can trace again when a file is loaded."""
+    value, message = node.args
+    with graph.inserting_before(node):
+        absent = graph.call_function(operator.eq, (value, None))
+        graph.call_function(torch._assert, (absent, message))
+    graph.erase_node(node)
 
 
 class _Step(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from collections import OrderedDict
@@ -498,3 +499,25 @@ def test_traced_modules_keep_plain_attributes_when_copied() -> None:
     assert isinstance(result.attention, torch.fx.GraphModule)
     copied = copy.deepcopy(copy.deepcopy(result))
     assert torch.equal(copied(x), result(x))
+
+
+def test_traced_modules_with_absent_arguments_can_be_saved() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor, skip: Tensor | None = None, scale: float = 2.0) -> Tensor:
+            y: Tensor = self.norm(scale * self.conv(x))
+            return y.relu() if skip is None else y.relu() + skip
+
+    model, x = randomised(nn.Sequential(Decoder())), random(*MAP)
+    result = fused(model, x).model
+    assert isinstance(result[0], fx.GraphModule)
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(x), result(x))
+    with pytest.raises(AssertionError, match="skip"):
+        again[0](x, x)
