@@ -11,7 +11,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmerge
+from convmerge import borderclasses
 from convmerge.borderclasses import bordered
 from convmerge.borderplan import border_numbers, border_stages
 from convmerge.cost import ZERO
@@ -175,6 +176,23 @@ def test_stretches_of_random_regions(spatial: int, regions: int) -> None:
     outcomes = sum((check(seed, spatial) for seed in range(regions)), Counter[str]())
     made = outcomes["one form"] + outcomes["border classes"]
     assert made > 0.3 * outcomes.total(), outcomes
+
+
+MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
+    "taps into padding kept": ("_adjoint", lambda right, *args: right(*args[:3], [None for _ in args[3]])),
+    "bias of another block": ("_bias", lambda right, *args: right(*args[:3], [1 for _ in args[3]])),
+    "kernel read from another input": ("_read", lambda right, *args: [p + 1 for p in right(*args)]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_at_the_borders_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, mistaken = MISTAKES[name]
+    right = getattr(borderclasses, function)
+    monkeypatch.setattr(borderclasses, function, lambda *args: mistaken(right, *args))
+    with pytest.raises(AssertionError, match="another result"):
+        for seed in range(10):
+            check(seed, 1)
 
 
 @pytest.mark.parametrize(("spatial", "regions"), [(1, 3), (2, 5)])
