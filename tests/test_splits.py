@@ -52,6 +52,7 @@ def test_the_part_of_an_upsampled_map_runs_on_the_small_one(kernel: int) -> None
     result = fused(randomised(Neck(kernel)), random(*LOW), random(*HIGH), objective="macs")
     assert concatenations(result) == 0
     assert len(result.report.merged()) == 2
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.model.modules())
     before, after = result.report.before, result.report.after
     assert before is not None and after is not None
     # 22 of the 32 channels at a quarter of the work, or at 4/9 where a 3×3 kernel has 2×2 taps in a phase.

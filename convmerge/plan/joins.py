@@ -60,7 +60,7 @@ def plan_junction(planner: Planner, junction: Junction) -> ChainPlan:
     """The cheaper of both: the operators after the join where they are, or the first few in its terms."""
     chains = [chain for chain in (*junction.terms, junction.following) if chain]
     kept = [planner.plan(chain) for chain in chains]
-    best = _cost(planner, chains) + _joining(planner, junction)
+    before = best = _cost(planner, chains) + _joining(planner, junction)
     chosen: _Spread | None = None
     reason, considered = APART, None
     for count in range(1, min(_movable(junction.following), MOVED) + 1):
@@ -71,8 +71,10 @@ def plan_junction(planner: Planner, junction: Junction) -> ChainPlan:
             continue
         if spread is None:
             continue
+        if not _is_less_work(junction, spread.cost, before):
+            continue
         considered = considered or spread
-        if planner.gains(spread.cost, best) and _is_less_work(junction, spread.cost, best):
+        if planner.gains(spread.cost, best):
             best, chosen = spread.cost, spread
     if chosen is None:
         return _merged([*kept, ChainPlan((), tuple(_denied(planner, junction, reason, considered)))])

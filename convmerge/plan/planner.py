@@ -64,7 +64,7 @@ class Planner:
         self.costs = LeafCosts(self.frames, self.cost_model)
         patterns = Patterns(self.frames.evidence, self.frames.constants)
         self.maker = Maker(self.frames.evidence, self.objective, self.cost_model, patterns)
-        self._inside: dict[int, Inside] = {}
+        self._inside: dict[Block, Inside] = {}
         self._stamp = 0
 
     @property
@@ -246,9 +246,9 @@ class Planner:
         """The best plan of a block's branches, of which some may merge with one another."""
         if self._stamp != len(self.forbidden):
             self._stamp, self._inside = len(self.forbidden), {}
-        if id(block) not in self._inside:
-            self._inside[id(block)] = plan_inside(self, block)
-        return self._inside[id(block)]
+        if block not in self._inside:
+            self._inside[block] = plan_inside(self, block)
+        return self._inside[block]
 
     def _sites_of(self, chain: Chain, part: Part) -> list[Site]:
         """The sites in a part: itself, or those inside the branches of a block that stays."""
