@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import models
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import convmerge
 from convmerge.affine import Geometry
 from convmerge.algebra.axis import POINT, Axis, from_axes
+from convmerge.cli import main
 from convmerge.cost import ZERO, Cost, Roofline, operator_cost
 from convmerge.emit import Emission, Layer, emissions
 from convmerge.measure import HOPELESS, Measured, Subject, runnable
@@ -240,3 +242,22 @@ def test_the_report_compares_with_the_model_as_it_is() -> None:
     assert three.macs_before > three.macs_after
     convs = sum(site.macs_before for site in report.merged())
     assert convs == report.before.macs
+
+
+def test_the_command_line_says_what_was_measured(
+    timed: Callable[[Callable[[nn.Module], float]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    timed(lambda module: 1e-4 if next(module.parameters()).shape[:2] == (12, 12) else 4e-4)
+    file = tmp_path / "model.pt"
+    torch.save(low_rank()[0], file)
+    words = [str(file), "--input", "1,12,9,7", "--measure"]
+    assert main(["inspect", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "one Conv2d(12, 12, 1×1): 8.00× faster, measured" in printed
+    assert "time 800 µs → 100 µs (8.00× faster, measured)" in printed
+    assert f"convmerge fuse {file}" in printed and "--measure" in printed.splitlines()[-1]
+    assert main(["fuse", *words, "-n"]) == 0
+    assert "merged places: 800 µs → 100 µs (8.00× faster, measured)" in capsys.readouterr().out
+    assert main(["check", *words]) == 1
