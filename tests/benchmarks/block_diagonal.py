@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fitting import fitted, rate_line
 from table import parsed, parser
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from convmerge.benchmark import peak_bytes
 from convmerge.emit import Layer
 from convmerge.emit.batched import batched_linear
 from convmerge.inputs import as_inputs
-from convmerge.roofline import RATES, Load, Rate, latency, layer_load
+from convmerge.roofline import RATES, Load, latency, layer_load
 from convmerge.timing import Stopwatch
 
 FORMS = ("dense", "mask", "loop", "conv", "two convs", "einsum", "bmm")
@@ -172,30 +172,10 @@ def fit(timer: Stopwatch) -> None:
     for name, samples in (("batched", products), ("select", selections)):
         seconds = timer([run for _, run in samples])
         rate = fitted(RATES[name], [load for load, _ in samples], seconds)
-        print(f'    "{name}": Rate({rate.peak:.3g}, {rate.bandwidth:.3g}, {rate.overhead:.2g}),')
+        print(rate_line(name, rate))
         for old, new in ((RATES[name], "now"), (rate, "fitted")):
             off = [latency(old, load) / s for (load, _), s in zip(samples, seconds, strict=True)]
             print(f"    predicted over measured, {new}: {min(off):.2f} … {max(off):.2f}")
-
-
-def fitted(rate: Rate, loads: Sequence[Load], seconds: Sequence[float]) -> Rate:
-    """The rate with the least squared logarithms of predicted over measured, figure by figure."""
-
-    def error(candidate: Rate) -> float:
-        pairs = zip(loads, seconds, strict=True)
-        return sum(math.log(latency(candidate, load) / s) ** 2 for load, s in pairs)
-
-    step = 2.0
-    while step > 1.01:
-        scaled: list[dict[str, Any]] = [
-            {name: getattr(rate, name) * factor}
-            for name in ("peak", "bandwidth", "overhead")
-            for factor in (step, 1 / step)
-        ]
-        values = {"peak": rate.peak, "bandwidth": rate.bandwidth, "overhead": rate.overhead}
-        best = min((Rate(**(values | change)) for change in scaled), key=error)
-        rate, step = (best, step) if error(best) < error(rate) else (rate, math.sqrt(step))
-    return rate
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fitting import fitted, off, written
+from fitting import fitted, off, rate_line
 from table import parsed, parser
 
 from convmerge.affine import Geometry
@@ -131,7 +131,7 @@ def main() -> None:
         loads, times = [case.load for case, _ in pairs], [s for _, s in pairs]
         rate = fitted(RATES[kind], loads, times)
         before, after = off(RATES[kind], loads, times), off(rate, loads, times)
-        print(f"{written(kind, rate):60} # off by {100 * after:.0f} %, now by {100 * before:.0f} %")
+        print(f"{rate_line(kind, rate):60} # off by {100 * after:.0f} %, now by {100 * before:.0f} %")
         if arguments.verbose:
             show(pairs)
 

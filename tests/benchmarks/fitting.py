@@ -32,7 +32,7 @@ def fitted(rate: Rate, loads: Sequence[Load], seconds: Sequence[float]) -> Rate:
     return rate
 
 
-def written(name: str, rate: Rate) -> str:
+def rate_line(name: str, rate: Rate) -> str:
     """A line of ``RATES``."""
     figures = ["math.inf" if math.isinf(x) else f"{x / 1e9:.3g}e9" for x in (rate.peak, rate.bandwidth)]
     return f'    "{name}": Rate({", ".join(figures)}, {rate.overhead * 1e6:.2g}e-6),'
