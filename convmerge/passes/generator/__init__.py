@@ -24,7 +24,7 @@ from convmerge.passes import Prepared
 from convmerge.passes.edits import shallow_copy
 from convmerge.passes.generator.check import Forms, check, generated_rows, merged
 from convmerge.passes.generator.choice import Chooser, Fold
-from convmerge.passes.generator.kernels import computed_layers
+from convmerge.passes.generator.kernels import computed_layers, has_computed_kernel
 from convmerge.passes.generator.writing import Opening, Writer, opening
 from convmerge.plan import Planner
 from convmerge.recognise import Context
@@ -55,10 +55,10 @@ def fold_into_generators(
     """
     evidence = capture(model, inputs)
     constants = Constants(evidence)
-    regions = find_regions(Context(evidence, constants))
-    layers = list(computed_layers(evidence, constants, regions))
-    if not layers or evidence.eager:
+    if evidence.eager or not any(has_computed_kernel(call, constants) for call in evidence.calls.values()):
         return Prepared(model, inputs, evidence=evidence)
+    regions = find_regions(Context(evidence, constants))
+    layers = computed_layers(evidence, constants, regions)
 
     def allowed(elements: Sequence[Element]) -> bool:
         paths = site_paths(evidence, elements)

@@ -87,16 +87,21 @@ def last_linear(layer: Computed, evidence: Evidence, regions: Regions) -> Leaf |
     return found if single and alone and not made & evidence.outputs else None
 
 
+def has_computed_kernel(call: Call, constants: Constants) -> bool:
+    """Whether a call is a convolution or linear layer of data with a kernel that is no constant."""
+    if call.op not in ("conv1d", "conv2d", "conv3d", "linear") or call.args.get("padding") == "same":
+        return False
+    return call.args["input"] not in constants and call.args["weight"] not in constants
+
+
 def computed_layers(evidence: Evidence, constants: Constants, regions: Regions) -> Iterator[Computed]:
     """Every convolution and linear layer whose kernel depends on an input."""
     ends = {chain[-1].target: chain for chain in regions.chains}
     begins = {chain[0].source: chain for chain in regions.chains}
     for node, call in evidence.calls.items():
-        if node not in regions.refused or call.op not in ("conv1d", "conv2d", "conv3d", "linear"):
+        if node not in regions.refused or not has_computed_kernel(call, constants):
             continue
         args = call.args
-        if args["input"] in constants or args["weight"] in constants or args.get("padding") == "same":
-            continue
         source, weight, bias = args["input"], selection(evidence, constants, args["weight"]), args["bias"]
         if bias is not None and bias not in constants:
             bias = selection(evidence, constants, bias)
