@@ -324,7 +324,7 @@ def inspect(
     measure: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """What :func:`fuse` would do, decided on geometry alone; arguments and errors as there."""
+    """What :func:`fuse` would do, decided on geometry and exact zeros; arguments and errors as there."""
     options = _Options(only, skip, objective, 0, bind or {}, fully_conv, average, measure)
     return _planned("inspect", model, example_inputs, options, progress)
 

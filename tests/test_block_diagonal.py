@@ -185,6 +185,15 @@ def test_a_batched_product_stays() -> None:
     assert site.operators == ("bmm of 7 blocks", "batch_norm") and BATCHED in site.reason
 
 
+@pytest.mark.parametrize("added", [lambda m, y: torch.add(m.bias, y, alpha=2), lambda m, y: y + 1.5])
+def test_other_sums_behind_a_product_are_not_taken_for_a_bias(added: Callable[[Any, Tensor], Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        blocks = torch.einsum("nbi,bio->nbo", x.view(-1, BLOCKS, INTO), m.weight)
+        return added(m, blocks).flatten(1)
+
+    assert not fused(model_of(forward), ROWS).report.warnings
+
+
 def left_to_merge(result: convmerge.Result, shape: tuple[int, ...]) -> list[SiteReport]:
     report = convmerge.check(result.model, torch.randn(shape).double())
     return [site for site in report.sites if site.action == "merge"]

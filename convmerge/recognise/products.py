@@ -6,6 +6,7 @@ way, are one linear form on the channels: block-diagonal, the channels in whatev
 
 from __future__ import annotations
 
+import itertools
 import math
 import string
 from collections.abc import Sequence
@@ -58,15 +59,29 @@ def product_of(context: Context, call: Call) -> Product | None:
     args = call.args
     if call.op == "einsum":
         equation = str(args["equation"]).replace(" ", "")
-        if len(args["tensors"]) != 2 or "->" not in equation or "." in equation:
+        if len(args["tensors"]) != 2 or "->" not in equation:
             return None
         operands, result = equation.split("->")
-        return _with_data_first(context, call.node, args["tensors"], operands.split(","), result)
+        texts = _spelled_out(context, args["tensors"], [*operands.split(","), result])
+        return texts and _with_data_first(context, call.node, args["tensors"], texts[:2], texts[2])
     if call.op in ("bmm", "matmul"):
         return _matmul(context, call.node, (args["self"], args[next(reversed(args))]))
     if call.op == "baddbmm" and args["beta"] == args["alpha"] == 1 and context.constant(args["self"]):
         return _matmul(context, call.node, (args["batch1"], args["batch2"]), args["self"])
     return None
+
+
+def _spelled_out(context: Context, tensors: Sequence[Node], texts: list[str]) -> list[str] | None:
+    """The letters of an einsum, those included that ``...`` stands for; None where both tensors have it."""
+    with_dots = [index for index, text in enumerate(texts) if "..." in text]
+    if not with_dots:
+        return texts
+    if len(with_dots) != 2 or with_dots[1] != 2:
+        return None
+    unused = (letter for letter in string.ascii_letters if letter not in "".join(texts))
+    count = len(context.shape(tensors[with_dots[0]])) - len(texts[with_dots[0]].replace("...", ""))
+    letters = "".join(itertools.islice(unused, count))
+    return [text.replace("...", letters) for text in texts]
 
 
 def _matmul(
@@ -166,44 +181,30 @@ class _Form:
         after: Sequence[Node],
     ) -> _Form | None:
         """The form; None where the views mix rows, or leave channels out."""
-        notation, parts = product.notation, product.notation.parts
-        if parts is None:
+        if product.notation.parts is None:
             return None
-        rows, blocks, inputs, outputs = parts
-        sizes = dict(zip(notation.weight, context.shape(product.weight), strict=True))
-        sizes |= dict(zip(notation.data, context.shape(product.data), strict=True))
-        channels = context.shape(source)[axis]
+        rows, blocks, inputs, outputs = product.notation.parts
+        sizes = dict(zip(product.notation.weight, context.shape(product.weight), strict=True))
+        sizes |= dict(zip(product.notation.data, context.shape(product.data), strict=True))
+        channels, count = context.shape(source)[axis], math.prod(sizes[a] for a in blocks + outputs)
         at = move(context, before, source, positions(context, source, axis))
-        order = [notation.data.index(a) for a in rows + blocks + inputs]
-        table = at.permute(order).reshape(math.prod(sizes[a] for a in rows), -1)
-        if (found := rows_of(table, channels)) is None:
+        order = [product.notation.data.index(a) for a in rows + blocks + inputs]
+        found = rows_of(at.permute(order).reshape(math.prod(sizes[a] for a in rows), -1), channels)
+        if found is None or sorted(found[1].tolist()) != list(range(channels)):
             return None
-        row, reads = found
-        if sorted(reads.tolist()) != list(range(channels)):
+        letters = rows + blocks + outputs
+        given = (found[0].unsqueeze(1) * count + torch.arange(count)).reshape([sizes[a] for a in letters])
+        given = given.permute([letters.index(a) for a in product.notation.result])
+        followed = _followed(context, product, after, given, count)
+        if followed is None:
             return None
-        count = math.prod(sizes[a] for a in blocks + outputs)
-        given = (row.unsqueeze(1) * count + torch.arange(count)).reshape(
-            [sizes[a] for a in rows + blocks + outputs]
-        )
-        given = given.permute([(rows + blocks + outputs).index(a) for a in notation.result])
-        added = []
-        for node in (product.node, *after):
-            call = context.evidence.calls[node]
-            term = product.bias if node is product.node else _constant_term(context, call)
-            if term is not None:
-                alpha = float(call.args.get("alpha", 1))
-                if (where := _same_in_all_rows(context, term, given, count)) is None:
-                    return None
-                added.append((term, alpha, where))
-            elif node is not product.node:
-                given = move(context, [node], node.all_input_nodes[0], given)
-        table = given.movedim(axis, -1).reshape(-1, count)
-        found = rows_of(table, count)
-        if found is None or not torch.equal(found[0], torch.arange(len(table))):
+        table = followed[0].movedim(axis, -1).reshape(-1, count)
+        gives = rows_of(table, count)
+        if gives is None or not torch.equal(gives[0], torch.arange(len(table))):
             return None
-        reads = reads.reshape(-1, math.prod(sizes[a] for a in inputs))
+        reads = found[1].reshape(-1, math.prod(sizes[a] for a in inputs))
         calls = (*before, product.node, *after)
-        return _Form(context, product, source, axis, calls, reads, found[1], tuple(added))
+        return _Form(context, product, source, axis, calls, reads, gives[1], followed[1])
 
     def filter(self) -> Filter:
         """As a step: grouped where the blocks lie one after the other, dense where they do not."""
@@ -247,12 +248,26 @@ class _Form:
         return Affine(geometry, placed.reshape(*placed.shape, *(1,) * geometry.spatial), bias)
 
 
-def _constant_term(context: Context, call: Call) -> Node | None:
-    """The constant that a call adds to its data."""
-    if call.op != "add":
-        return None
-    constants = [n for n in (call.args["self"], call.args["other"]) if context.constant(n)]
-    return constants[0] if len(constants) == 1 and isinstance(constants[0], Node) else None
+def _followed(
+    context: Context, product: Product, after: Sequence[Node], given: Tensor, count: int
+) -> tuple[Tensor, tuple[tuple[Node, float, Tensor], ...]] | None:
+    """Where the views after a product put its ``count`` outputs, and the constants added on the way."""
+    added = []
+    for node in (product.node, *after):
+        call = context.evidence.calls[node]
+        term, factor = (product.bias, 1.0) if node is product.node else (None, 1.0)
+        if call.op == "add":
+            # A constant on the left would have alpha on the data.
+            if not isinstance(call.args["other"], Node) or not context.constant(call.args["other"]):
+                return None
+            term, factor = call.args["other"], float(call.args["alpha"])
+        elif node is not product.node:
+            given = move(context, [node], node.all_input_nodes[0], given)
+        if term is not None:
+            if (where := _same_in_all_rows(context, term, given, count)) is None:
+                return None
+            added.append((term, factor, where))
+    return given, tuple(added)
 
 
 def _same_in_all_rows(context: Context, term: Node, given: Tensor, count: int) -> Tensor | None:
