@@ -303,8 +303,18 @@ def test_a_plain_argument_is_asserted() -> None:
     model = randomised(Keywords())
     fused = convmerge.fuse(model, {"x": X, "cond": COND, "twice": True}, bind={"cond": COND}).model
     assert_close(fused(x=X, twice=True), model(X, cond=COND, twice=True))
+    assert_close(fused(X), model(X, cond=COND, twice=True))
     with pytest.raises(AssertionError, match="twice was True"):
         fused(x=X, twice=False)
+
+
+def test_an_absent_argument_stays_absent() -> None:
+    model = randomised(Diffusion())
+    fused = convmerge.fuse(model, (X, STEP, None), bind={"t": STEP}).model
+    assert_close(fused(X), model(X, STEP))
+    assert_close(fused(X, None), model(X, STEP))
+    with pytest.raises(AssertionError, match="label was None"):
+        fused(X, LABEL)
 
 
 def test_nothing_that_varies_is_frozen() -> None:

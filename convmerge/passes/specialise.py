@@ -108,16 +108,17 @@ class _Specialiser(fx.Tracer):
         parameters = [p for p in whole.parameters.values() if p.name not in self._values]
         given = whole.replace(parameters=parameters).bind(*self._inputs.args, **self._inputs.kwargs)
         found: dict[str, Any] = {}
-        for name, example in given.arguments.items():
+        last = max((i for i, value in enumerate(given.arguments.values()) if _has_tensors(value)), default=0)
+        for index, (name, example) in enumerate(given.arguments.items()):
             if whole.parameters[name].kind in (
                 inspect.Parameter.VAR_POSITIONAL,
                 inspect.Parameter.VAR_KEYWORD,
             ):
                 raise ValueError("it takes any number of arguments")
-            proxy = self.create_proxy("placeholder", name, (), {})
+            default = (example,) if index > last else ()  # the one value that a plain argument may have
+            proxy = self.create_proxy("placeholder", name, default, {})
             self._examples.note(proxy.node, example)
-            tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example))
-            found[name] = proxy if tensors else self._asserted(name, proxy, example)
+            found[name] = proxy if _has_tensors(example) else self._asserted(name, proxy, example)
         return found
 
     def _asserted(self, name: str, proxy: Proxy, example: Any) -> Any:
@@ -245,6 +246,10 @@ def _heard_by(tracer: _Specialiser) -> Iterator[None]:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _like(root: nn.Module) -> Tensor:
