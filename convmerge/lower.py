@@ -209,12 +209,33 @@ def _as_units(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Modul
     units = _units(frames, home)
     gone = [frame for run in emptied for frame in _units(frames, run)]
     survivor = _survivor(units, model)
+    if not gone and any(_read_by_name(model, unit) for unit in units if unit is not survivor):
+        units = _enclosing(frames, units)
+        survivor = _survivor(units, model)
     for frame in (*units, *gone):
         _check_module(model, frame.path)
     paths = [frame.path for frame in (*units, *gone)]
     if len(set(paths)) != len(paths):
         raise Refusal(f"{_duplicate(paths)} is called twice with different neighbours")
     return UnitEdit(survivor.path, tuple(path for path in paths if path != survivor.path))
+
+
+def _read_by_name(model: nn.Module, unit: Frame) -> bool:
+    """Whether a module is of a class of its own with weights, off which the code around it may read more."""
+    module = model.get_submodule(unit.path)
+    plain = isinstance(module, nn.modules.batchnorm._NormBase) or type(module).__module__.startswith(
+        "torch.nn."
+    )
+    return not plain and next(module.parameters(), None) is not None
+
+
+def _enclosing(frames: Frames, units: list[Frame]) -> list[Frame]:
+    """The one module that consists of the units, where there is such; else the units."""
+    inside = set().union(*(frames.data[unit] for unit in units))
+    for frame in reversed(frames.around(units[0])):
+        if frames.data[frame] == inside and frame.path and _signature_fits(frames.evidence, frame):
+            return [frame]
+    return units
 
 
 def _duplicate(paths: Sequence[str]) -> str:

@@ -521,3 +521,36 @@ def test_traced_modules_with_absent_arguments_can_be_saved() -> None:
     assert torch.equal(again(x), result(x))
     with pytest.raises(AssertionError, match="skip"):
         again[0](x, x)
+
+
+class Rotation(nn.Module):
+    """A block-diagonal rotation of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.reshape(*x.shape[:-1], 3, 2)
+        return torch.einsum("...rk,rkc->...rc", blocks, self.weight).reshape(x.shape)
+
+
+class Rotated(nn.Module):
+    """Orthogonal fine-tuning: the code around the rotation reads its weight's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotation, self.base = Rotation(), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(self.rotation(x.to(self.rotation.weight.dtype)))
+        return y
+
+
+def test_a_module_whose_weight_is_read_by_name_goes_with_the_code_that_reads_it() -> None:
+    model, x = randomised(nn.Sequential(Rotated(), nn.ReLU(), nn.Linear(5, 3))), random(2, 7, 6)
+    result = fused(model, x)
+    assert len(result.report.merged()) == 1
+    assert not result.report.warnings
+    assert type(result.model[0]) is nn.Linear
+    assert_close(result.model(x), model(x))

@@ -63,7 +63,9 @@ def product_of(context: Context, call: Call) -> Product | None:
             return None
         operands, result = equation.split("->")
         texts = _spelled_out(context, args["tensors"], [*operands.split(","), result])
-        return texts and _with_data_first(context, call.node, args["tensors"], texts[:2], texts[2])
+        if texts is None:
+            return None
+        return _with_data_first(context, call.node, args["tensors"], texts[:2], texts[2])
     if call.op in ("bmm", "matmul"):
         return _matmul(context, call.node, (args["self"], args[next(reversed(args))]))
     if call.op == "baddbmm" and args["beta"] == args["alpha"] == 1 and context.constant(args["self"]):
