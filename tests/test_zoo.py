@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import authored
 import models
 import pytest
 import torch
@@ -11,6 +12,8 @@ import zoo
 from torch import Tensor, nn
 
 import convmerge
+from convmerge.counts import count
+from convmerge.inputs import as_inputs
 
 BLOCKS: dict[str, dict[str, int]] = {
     "sesr": {"conv": 4, "add": 2},
@@ -99,3 +102,20 @@ def test_chains_of_real_models_merge_where_that_pays_and_are_kept_where_not(name
     reasons = [site.reason for site in report.sites if site.action == "keep"]
     assert len(reasons) >= kept, reasons
     assert all("× the" in reason for reason in reasons), reasons
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", authored.AUTHORED)
+def test_no_more_is_left_than_authors_leave(name: str) -> None:
+    model, merged, x = authored.build(name)
+    theirs = count(merged, as_inputs(x))
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    result = convmerge.fuse(model, x)
+    ours = result.report.after
+    assert ours is not None
+    assert not any("dropped" in warning for warning in result.report.warnings), result.report.warnings
+    left, theirs_left = (sum(c.operators.get(k, 0) for k in ("conv", "linear")) for c in (ours, theirs))
+    assert left <= theirs_left
+    assert ours.operators.get("batch_norm", 0) == 0
+    assert ours.macs <= theirs.macs
+    assert authored.distance(model, result.model, x) < 1e-9
