@@ -70,8 +70,11 @@ def cut(
     handing = {node for node in silent if _hands_on(node)}
     inside |= _between(trace.graph, inside, handing)
     inside |= _checks(trace.graph, inside, silent)
+    sizes = _sizes(trace.graph, silent)
+    inside |= _only_for(trace.graph, inside, sizes)
     nodes = tuple(node for node in trace.graph.nodes if node in inside)
-    read = {s for n in nodes for s in n.all_input_nodes if s not in inside and carries_data(s)}
+    looked = (s for n in nodes if n not in sizes for s in n.all_input_nodes)
+    read = {s for s in looked if s not in inside | sizes and carries_data(s)}
     sources = {_through(s, handing) for s in read}
     results = [n for n in nodes if any(user not in inside for user in n.users)]
     if regroup is not None:
@@ -139,6 +142,27 @@ def _checks(graph: fx.Graph, inside: set[Node], silent: set[Node]) -> set[Node]:
         if node in found and any(n in inside or n in touched for n in node.all_input_nodes):
             touched.add(node)
     return touched
+
+
+def _sizes(graph: fx.Graph, silent: set[Node]) -> set[Node]:
+    """Silent nodes that look at the shape of a tensor, and what is computed from those alone."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        method = node.op == "call_method" and node.target in ("size", "dim", "numel")
+        attribute = node.target is getattr and node.args[1] in ("shape", "ndim")
+        derived = bool(node.all_input_nodes) and all(n in found for n in node.all_input_nodes)
+        if node in silent and (method or attribute or node.target is len or derived):
+            found.add(node)
+    return found
+
+
+def _only_for(graph: fx.Graph, inside: set[Node], nodes: set[Node]) -> set[Node]:
+    """Those of ``nodes`` that nothing reads but what is inside."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in nodes and node.users and all(user in inside or user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def carries_data(node: Node) -> bool:
