@@ -523,7 +523,6 @@ def test_traced_modules_with_absent_arguments_can_be_saved() -> None:
         again[0](x, x)
 
 
-<<<<<<< Updated upstream
 class Rotation(nn.Module):
     """A block-diagonal rotation of the channels."""
 
@@ -555,7 +554,8 @@ def test_a_module_whose_weight_is_read_by_name_goes_with_the_code_that_reads_it(
     assert not result.report.warnings
     assert type(result.model[0]) is nn.Linear
     assert_close(result.model(x), model(x))
-=======
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -567,4 +567,3 @@ def test_sizes_that_the_code_looks_at_vanish_with_their_only_reader(forward: Cal
     layers = {"conv": nn.Conv2d(5, 10, 3), "head": nn.Linear(20, 3)}
     result = fused(randomised(Function(forward, **layers)), random(2, 5, 3, 4))
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in result.model.modules()) == 1
->>>>>>> Stashed changes
