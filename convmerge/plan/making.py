@@ -143,6 +143,8 @@ class Maker:
         """
         costs = self.model.ways(ways, place.size, batch=place.batch, dtype=dtype, before=before)
         pairs = list(zip(ways, costs, strict=True))
+        if self.objective != "params":  # a faster way with more MACs than before would not be taken at all
+            pairs = [pair for pair in pairs if pair[1].macs <= before.macs + spare] or pairs
         if spare and self.objective != "params":
             least = min(cost.macs for cost in costs)
             pairs = [pair for pair in pairs if pair[1].macs <= least + spare]
