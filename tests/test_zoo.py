@@ -23,9 +23,9 @@ BLOCKS: dict[str, dict[str, int]] = {
     "acnet": {"conv": 2, "batch_norm": 0, "add": 0},
     "doconv": {"conv": 2, "batch_norm": 0},
     "lora": {"linear": 2, "add": 0},
-    "inception": {"conv": 4, "batch_norm": 0},
+    "inception": {"conv": 3, "batch_norm": 0},
     "bottleneck": {"conv": 6, "batch_norm": 0},
-    "unet": {"conv": 4, "batch_norm": 0, "interpolate": 1},
+    "unet": {"conv": 4, "conv_transpose": 1, "batch_norm": 0, "interpolate": 0},
     "ecb": {"conv": 2, "add": 0},
     "dbb": {"conv": 2, "batch_norm": 0, "add": 0},
 }
