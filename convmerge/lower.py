@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.node import Node
 
 from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
 from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
+from convmerge.memory import check_sums, check_views
 from convmerge.recognise import Same
 from convmerge.regions import CHECKS, Block, Edge, Element, Fork, Leaf, Via, calls_of, leaves
 
@@ -404,33 +404,6 @@ def _piece(evidence: Evidence, fork: Fork, value: Node, position: dict[Node, int
     return Piece(position[value], evidence.size(value)[fork.axis], fork.axis)
 
 
-# Views of a tensor that work at any strides.
-_VIEWS = frozenset(["transpose", "permute", "unsqueeze", "select", "slice", "detach", "alias", "expand", "t"])
-
-
-def check_views(evidence: Evidence, value: Node, axis: int, channels: int) -> None:
-    """A value that becomes a part of a larger one is not contiguous: its views must not need that.
-
-    Raises Refusal.
-    """
-    size = list(evidence.size(value))
-    size[axis] = channels
-    part = torch.empty(size, device="meta").narrow(axis, 0, evidence.size(value)[axis])
-    pending: list[tuple[Node, Tensor]] = [(value, part)]
-    while pending:
-        node, strided = pending.pop()
-        for user in node.users:
-            call = evidence.calls.get(user)
-            if call is None or call.op not in _VIEWS | {"view", "_unsafe_view"} or user.args[0] is not node:
-                continue
-            try:
-                pending.append((user, user.target(strided, *user.args[1:], **user.kwargs)))  # type: ignore[operator]
-            except Exception as error:  # torch raises RuntimeError, or others from argument checks
-                raise Refusal(
-                    "a part of a larger tensor is no contiguous one, which a view of it needs"
-                ) from error
-
-
 def dropped_edges(block: Block) -> list[Edge]:
     """The operands of a larger sum that vanish when a part of it becomes one operator."""
     found: list[Edge] = []
@@ -441,24 +414,3 @@ def dropped_edges(block: Block) -> list[Edge]:
         if index != block.kept:
             found.append(edge)
     return found
-
-
-def check_sums(evidence: Evidence, sums: Sequence[Node]) -> None:
-    """Additions that write in place must not be seen under the old name of what they write to.
-
-    Raises Refusal.
-    """
-    for node in sums:
-        call = evidence.calls[node]
-        if not call.mutates:
-            continue
-        root = memory_root(nodes_of(node.args)[0])
-        read = {n for c in evidence.calls.values() if c.index > call.index for n in c.node.all_input_nodes}
-        names = (n for n in read | evidence.outputs if memory_root(n) is root)
-        if any(_index(evidence, n) < call.index for n in names):
-            raise Refusal("the sum is written into memory that is read under another name too")
-
-
-def _index(evidence: Evidence, node: Node) -> int:
-    call = evidence.calls.get(node)
-    return call.index if call is not None else -1
