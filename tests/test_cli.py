@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from convmerge import api, cli, terminal
+from convmerge.inputs import Inputs
 from convmerge.report import Report, Verification
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -69,7 +70,7 @@ def nothing(tmp_path: Path) -> Path:
     return path
 
 
-SMALL = ("--input", "1,3,19,23")
+SMALL = ("--input", "1,3,53,59")
 
 
 # ---- the four commands ----------------------------------------------------------------------------------
@@ -79,9 +80,9 @@ def test_inspect_shows_sites_totals_and_the_next_command(run: Run, chain: Path) 
     before = sorted(chain.parent.iterdir())
     result = run("inspect", chain, *SMALL)
     assert (result.code, result.err) == (0, "")
-    assert "merge " in result.out and "1×3×19×23 float32" in result.out and "model: " in result.out
+    assert "merge " in result.out and "1×3×53×59 float32" in result.out and "model: " in result.out
     fused = chain.with_name("chain-fused.pt")
-    assert result.out.splitlines()[-1] == f"next: convmerge fuse {chain} -o {fused} --input 1,3,19,23"
+    assert result.out.splitlines()[-1] == f"next: convmerge fuse {chain} -o {fused} --input 1,3,53,59"
     assert sorted(chain.parent.iterdir()) == before
 
 
@@ -110,7 +111,7 @@ def test_fuse_writes_the_same_function(run: Run, chain: Path) -> None:
     fused = torch.load(out, weights_only=False)
     convs = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
     assert [conv.kernel_size for conv in convs] == [(5, 7)]
-    x = torch.randn(2, 3, 19, 23, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 53, 59, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(fused(x), original(x), rtol=1e-4, atol=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_the_written_file_loads_without_convmerge(run: Run, chain: Path) -> None
     assert run("fuse", chain, "-o", out, *SMALL).code == 0
     script = (
         "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
-        "model(torch.zeros(1, 3, 19, 23)); assert 'convmerge' not in sys.modules"
+        "model(torch.zeros(1, 3, 53, 59)); assert 'convmerge' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(out)], check=True, timeout=60)
 
@@ -155,7 +156,7 @@ def test_verify_tells_same_from_different(run: Run, chain: Path) -> None:
     out, other = chain.with_name("out.pt"), chain.with_name("other.pt")
     assert run("fuse", chain, "-o", out, *SMALL).code == 0
     result = run("verify", chain, out, *SMALL)
-    assert result.code == 0 and "verified" in result.out and "1×3×19×23" in result.out
+    assert result.code == 0 and "verified" in result.out and "1×3×53×59" in result.out
     model = torch.load(chain, weights_only=False)
     with torch.no_grad():
         model[0].bias[0] += 0.01
@@ -197,8 +198,9 @@ def test_a_model_saved_in_train_mode_is_warned_of(run: Run, tmp_path: Path) -> N
 
 
 def test_failed_verification_writes_nothing(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fuse(model: nn.Module, *_: object, **__: object) -> api.Result:
-        return api.Result(model, Report("fuse", "", verification=Verification(False, "outputs differ")))
+    def fuse(model: nn.Module, inputs: Inputs, **_: object) -> api.Result:
+        report = Report("fuse", "", verification=Verification(False, "outputs differ"))
+        return api.Result(model, report, inputs)
 
     monkeypatch.setattr(api, "fuse", fuse)
     result = run("fuse", chain, "-o", chain.with_name("out.pt"), *SMALL)
@@ -298,7 +300,7 @@ def test_inspect_tells_what_a_file_it_may_not_load_holds(run: Run) -> None:
 
 
 def test_a_model_that_does_not_run(run: Run, chain: Path) -> None:
-    result = run("inspect", chain, "--input", "1,4,19,23")
+    result = run("inspect", chain, "--input", "1,4,53,59")
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: ") and result.err.count("\n") <= 2
 
@@ -440,7 +442,7 @@ import sys, time
 from convmerge import cli
 from convmerge.report import Report, SiteReport
 
-def planned(name, *_):
+def planned(name, *_, **__):
     if name == "check":
         print("running", flush=True)
         time.sleep(60)
@@ -470,10 +472,14 @@ def on_a_terminal(words: list[str], **environment: str) -> str:
     reader.start()
     keep = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM")}
     environment = keep | {"TERM": "xterm", "COLUMNS": "80"} | environment
-    subprocess.run(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, timeout=60, check=True)
-    os.close(theirs)
-    reader.join()
-    os.close(ours)
+    try:
+        subprocess.run(
+            words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, timeout=60, check=True
+        )
+    finally:
+        os.close(theirs)  # the reader waits for it
+        reader.join()
+        os.close(ours)
     return b"".join(chunks).decode()
 
 

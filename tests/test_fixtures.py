@@ -92,7 +92,7 @@ CASES = {
     "edsr": Case(None, traced=True),
     "hypernetwork": Case({"conv": 1, "linear": 2}, HYPERNETWORK, traced=True),
     "linear_head": Case({"conv": 1}),
-    "classifier": Case({"conv": 2, "linear": 2}),
+    "classifier": Case({"conv": 2, "linear": 2, "max_pool": 2}),
     "lora": Case({"linear": 2}, ALLOW),
     "mobilenet": Case(None),
     "pruned": Case({"adaptive_avg_pool": 1, "add": 2, "conv": 6, "linear": 1}, ALLOW),

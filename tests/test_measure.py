@@ -256,7 +256,7 @@ def test_the_command_line_says_what_was_measured(
     assert main(["inspect", *words]) == 0
     printed = capsys.readouterr().out
     assert "one Conv2d(12, 12, 1×1): 8.00× faster, measured" in printed
-    assert "time 800 µs → 100 µs (8.00× faster, measured)" in printed
+    assert "merged places 800 µs → 100 µs (8.00× faster, measured)" in printed
     assert f"convmerge fuse {file}" in printed and "--measure" in printed.splitlines()[-1]
     assert main(["fuse", *words, "-n"]) == 0
     assert "merged places: 800 µs → 100 µs (8.00× faster, measured)" in capsys.readouterr().out

@@ -224,9 +224,9 @@ def left_end_forgotten(right: Function, outer: Axis, inner: Axis) -> edges.Edge:
 
 
 @mutant(edges.inside_taps)
-def ones_at_the_first_tap(right: Function, inner: Axis) -> tuple[int, ...] | None:
+def ones_at_the_tap_of_another_phase(right: Function, inner: Axis) -> tuple[int, ...] | None:
     found = right(inner)
-    return None if found is None else tuple(reversed(range(len(found))))
+    return None if found is None else (*found[1:], *found[:1])
 
 
 @mutant(borders._annihilates)

@@ -182,10 +182,19 @@ def _figures_of(counts: Counts) -> str:
 
 
 def _merge_totals(report: Report) -> str:
-    merges = report.merged()
-    macs = arrow(sum(site.macs_before for site in merges), sum(site.macs_after for site in merges))
-    weights = arrow(sum(site.weights_before for site in merges), sum(site.weights_after for site in merges))
-    return f"merges: MACs {macs}, weights {weights}{_gain(report.saving, ', time ')}"
+    """The model after all merges: what a layer loses to one place and then to another adds up."""
+    merges, before = report.merged(), report.before
+    macs = sum(site.macs_after - site.macs_before for site in merges)
+    weights = sum(site.weights_after - site.weights_before for site in merges)
+    totals = (
+        [
+            f"{name} {arrow(n, n + change)}"
+            for name, n, change in (("MACs", before.macs, macs), ("parameters", before.parameters, weights))
+        ]
+        if before
+        else []
+    )
+    return f"merged: {', '.join(totals)}{_gain(report.saving, '; merged places ')}"
 
 
 def _gain(saving: Saving | None, lead: str) -> str:
