@@ -58,17 +58,18 @@ def compared(name: str, a: nn.Module, b: nn.Module, report: Report, x: Tensor, p
         name,
         f"{found.median:.2f}×",
         f"{low:.2f} – {high:.2f}×",
-        predicted(report, found.seconds[0]),
+        predicted(report),
         f"{report.after.macs / max(report.before.macs, 1):.3f}×",
         f"{report.after.parameters / max(report.before.parameters, 1):.2f}×",
         f"{before:.1f} → {after:.1f} MiB",
     )
 
 
-def predicted(report: Report, seconds: float) -> str:
-    """The ratio by the planner's saving, for a model that takes ``seconds``: what is not merged stays."""
-    if report.saving is None:
+def predicted(report: Report) -> str:
+    """The ratio by the planner's saving; what is not merged is taken to keep its share, that of its MACs."""
+    if report.saving is None or report.before is None:
         return ""
-    before, after = report.saving.latency_before, report.saving.latency_after
-    rest = max(0.0, seconds - before)
-    return f"{(before + rest) / (after + rest):.2f}×"
+    macs = sum(site.macs_before for site in report.merged())
+    share = min(1.0, macs / report.before.macs) if report.before.macs else 1.0
+    after = report.saving.latency_after / report.saving.latency_before
+    return f"{1 / (1 - share + share * after):.2f}×"

@@ -90,7 +90,7 @@ def row(name: str, pairs: int) -> float:
             name,
             marked(found.median),
             f"{low:.2f} – {high:.2f}×",
-            predicted(result.report, found.seconds[0]),
+            predicted(result.report),
             "" if other is None else marked(other),
             f"{after.macs / max(before.macs, 1):.3f}×",
         ),
