@@ -145,7 +145,7 @@ def emission_cost(
     total = ZERO
     for layer in emission.layers:
         total = total + layer_cost(layer, size, batch=batch, dtype=dtype)
-        size = layer.geometry.out_size(size)
+        size = layer.out_size(size)
     return total
 
 

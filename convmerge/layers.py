@@ -109,7 +109,8 @@ def _plain(
         requires_grad=style.requires_grad,
         memory_format=style.memory_format,
     )
-    if len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
+    ends_flat = emission.layers[0].kind == "flatten"
+    if not ends_flat and len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
         layer, exact = _flattened(layer), _flattened(exact)
     return exact, layer
 

@@ -119,6 +119,8 @@ def layer_load(
     if layer.kind == "conv_transpose":
         depthwise = g.groups > 1 and g.groups == g.in_channels
         return Load("transposed depthwise" if depthwise else "transposed", work, maps + weights)
+    if layer.kind == "flatten":
+        return Load("view", 0, 0)
     kinds = {"shuffle": "shuffle", "interleave": "interleave", "avg_pool": "pool", "nearest": "upsample"}
     kind = kinds.get(layer.kind, "pad")
     return Load(kind, work if kind == "pool" else 0, maps)

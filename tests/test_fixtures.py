@@ -91,7 +91,7 @@ CASES = {
     "do_conv": Case({"conv": 2}, ALLOW),
     "edsr": Case(None, traced=True),
     "hypernetwork": Case({"conv": 1, "linear": 2}, HYPERNETWORK, traced=True),
-    "linear_head": Case({"conv": 1}),
+    "linear_head": Case({"linear": 1}),
     "classifier": Case({"conv": 2, "linear": 2, "max_pool": 2}),
     "lora": Case({"linear": 2}, ALLOW),
     "mobilenet": Case(None),

@@ -2,6 +2,16 @@
 
 from convmerge.emit.build import build, empty_layer, round_once
 from convmerge.emit.layer import Emission, Kind, Layer
-from convmerge.emit.ways import emissions, swapped
+from convmerge.emit.ways import emissions, flattened, swapped
 
-__all__ = ["Emission", "Kind", "Layer", "build", "emissions", "empty_layer", "round_once", "swapped"]
+__all__ = [
+    "Emission",
+    "Kind",
+    "Layer",
+    "build",
+    "emissions",
+    "empty_layer",
+    "flattened",
+    "round_once",
+    "swapped",
+]

@@ -79,7 +79,7 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
         mix = taps.mean(2) if "nearest" in kinds else taps.sum(2)
         return mix.reshape(*mix.shape, *layer.geometry.kernel), form.bias
     if layer.kind == "linear":
-        return expand_groups(weight, groups, 1), form.bias
+        return expand_groups(weight, groups, 1).flatten(1), form.bias
     if layer.kind in ("batched_linear", "batched_rows"):
         n, rows = layer.geometry.groups, layer.kind == "batched_rows"
         blocks = expand_groups(weight, groups, n)
@@ -124,6 +124,8 @@ def empty_layer(layer: Layer, dtype: torch.dtype) -> nn.Module:
         return cast(nn.Module, pool(g.kernel, g.down, g.lo))
     if layer.kind == "nearest":
         return nn.Upsample(scale_factor=tuple(float(u) for u in g.up))
+    if layer.kind == "flatten":
+        return _flatten(g)
     if layer.kind == "shuffle":
         return nn.PixelShuffle(g.up[0])
     if layer.kind == "interleave":
@@ -133,6 +135,13 @@ def empty_layer(layer: Layer, dtype: torch.dtype) -> nn.Module:
     pad: Any = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)[n - 1]
     sides = zip(reversed(g.lo), reversed(g.hi), strict=True)
     return cast(nn.Module, pad(tuple(amount for side in sides for amount in side)))
+
+
+def _flatten(g: Geometry) -> nn.Module:
+    """Flattens maps of the kernel's size. Fails for others, as many numbers in another shape mean others."""
+    sizes = (g.in_channels, *g.kernel[:-1])  # and the last size, from the number of features
+    checks = [nn.Unflatten(dim, (n, 1)) for dim, n in reversed(list(enumerate(sizes, start=1)))]
+    return nn.Sequential(*checks, nn.Flatten())
 
 
 def _append_ones(g: Geometry) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,17 +21,23 @@ Kind = Literal[
     "interleave",
     "avg_pool",
     "nearest",
+    "flatten",
 ]
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer: its kind, and what it computes. ``pad`` also crops; ``ones`` appends channels of ones;
-    ``shuffle`` is PixelShuffle, ``interleave`` the same at any rates and with a crop.
+    ``shuffle`` is PixelShuffle, ``interleave`` the same at any rates and with a crop; ``flatten`` puts the
+    positions of every channel among the channels.
     """
 
     kind: Kind
     geometry: Geometry
+
+    def out_size(self, size: Sequence[int]) -> Dims:
+        """Spatial size after it; none after ``flatten``."""
+        return () if self.kind == "flatten" else self.geometry.out_size(size)
 
     def __str__(self) -> str:
         return _describe(self)
@@ -66,6 +73,8 @@ def _describe(layer: Layer) -> str:
     n = g.spatial
     if layer.kind == "ones":
         return f"ConstantPad{min(n + 1, 3)}d(a channel of ones)"
+    if layer.kind == "flatten":
+        return "Flatten()"
     if layer.kind == "shuffle":
         return f"PixelShuffle({g.up[0]})"
     if layer.kind == "interleave":

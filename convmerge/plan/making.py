@@ -12,7 +12,7 @@ from convmerge.blocks import Patterns, blocks_of, has_structure, moves_channels
 from convmerge.borderplan import border_option
 from convmerge.capture import Evidence
 from convmerge.cost import Cost, CostModel, Objective
-from convmerge.emit import Emission, emissions, swapped
+from convmerge.emit import Emission, emissions, flattened, swapped
 from convmerge.emit.parallel import Branch, Parallel
 from convmerge.errors import Refusal
 from convmerge.fold import Place, after, cover_geometry, covers_map, fold_geometry
@@ -27,6 +27,7 @@ Ways = Callable[[Geometry], Sequence[Emission]]
 # How many times the fastest way a way with half its MACs may take: by a prediction, and by a measurement.
 LEEWAY = 1.5
 MEASURED_LEEWAY = 1.1
+SHORT = 50e-6  # seconds: below, the time is that of the calls rather than of the work
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class Maker:
         if covers_map(elements):
             geometry = cover_geometry(geometry, home_place.size)
         check_place(geometry, home_place)
-        ways = (*emissions(geometry), *self._swapped(elements, runs, home_place))
+        ways = (*self.ways(elements, geometry), *self._swapped(elements, runs, home_place))
         spare = FREE_MACS if geometry.spatial == 0 and geometry.groups > 1 and before.macs else 0
         dtype = self.evidence.dtype(elements[0].source)
         emission, cost = self.cheapest(ways, home_place, dtype, before, spare)
@@ -121,6 +122,11 @@ class Maker:
         return Site(
             elements, place, kept, tuple(emptied), home_place, geometry, emission, before, cost, spare=spare
         )
+
+    def ways(self, elements: Chain, geometry: Geometry) -> tuple[Emission, ...]:
+        """Every way to build the elements as one form of ``geometry``. Raises Refusal."""
+        ends_flat = covers_map(elements) and len(self.evidence.size(elements[-1].target)) == 2
+        return (*([flattened(geometry)] if ends_flat else []), *emissions(geometry))
 
     def bordered(self, elements: Chain, place: Place, before: Cost) -> Site | None:
         """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""
@@ -149,7 +155,7 @@ class Maker:
             least = min(cost.macs for cost in costs)
             pairs = [pair for pair in pairs if pair[1].macs <= least + spare]
         best = min(pairs, key=lambda pair: pair[1].key(self.objective))
-        if self.objective != "latency":
+        if self.objective != "latency" or best[1].latency < SHORT:
             return best
         limit = min((MEASURED_LEEWAY if best[1].measured else LEEWAY) * best[1].latency, before.latency)
         light = [p for p in pairs if 2 * p[1].macs <= best[1].macs and p[1].latency <= limit]

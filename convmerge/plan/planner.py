@@ -16,7 +16,7 @@ from convmerge.blocks import Patterns
 from convmerge.borderplan import border_pays
 from convmerge.capture import Evidence
 from convmerge.cost import ZERO, Cost, CostModel, Objective, Roofline
-from convmerge.emit import Emission, emissions
+from convmerge.emit import Emission
 from convmerge.errors import Refusal
 from convmerge.fold import place_of
 from convmerge.lower import Frames
@@ -215,7 +215,8 @@ class Planner:
     def way_to_build(self, geometry: Geometry, site: Site) -> Emission:
         """The cheapest way to build a form of some geometry where a site stands. Raises Refusal."""
         dtype = self.evidence.dtype(site.home.source)
-        return self.maker.cheapest(emissions(geometry), site.home_place, dtype, site.before)[0]
+        ways = self.maker.ways(site.elements, geometry)
+        return self.maker.cheapest(ways, site.home_place, dtype, site.before)[0]
 
     def macs(self, chain: Chain) -> int:
         """Multiply-accumulates of a chain as it is."""
