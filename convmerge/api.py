@@ -79,7 +79,8 @@ class _Options:
         if self.fully_conv:
             found.append(("fully-conv", partial(fully_convolutional, average=self.average)))
         found.append(("prune", partial(remove_silenced, only=self.only, skip=self.skip)))
-        found.append(("duplicates", partial(remove_duplicates, only=self.only, skip=self.skip)))
+        copies = partial(remove_duplicates, only=self.only, skip=self.skip, objective=self.objective)
+        found.append(("duplicates", copies))
         kernels = partial(
             fold_into_generators, only=self.only, skip=self.skip, objective=self.objective, seed=self.seed
         )

@@ -33,7 +33,7 @@ def copy_rows(layer: nn.Module, *rows: tuple[int, int, float]) -> nn.Module:
 
 def reduced(model: nn.Module, x: Tensor = X) -> Prepared:
     """The model without copies, found to be the same function."""
-    prepared = remove_duplicates(model.eval(), Inputs((x,)))
+    prepared = remove_duplicates(model.eval(), Inputs((x,)), objective="macs")
     assert_close(prepared.model(x), model(x))
     return prepared
 
@@ -203,7 +203,7 @@ def exact_or_refused(seeds: range) -> int:
     smaller = 0
     for seed in seeds:
         model, x = sprinkled(seed)
-        prepared = remove_duplicates(model, Inputs((x,)))
+        prepared = remove_duplicates(model, Inputs((x,)), objective="macs")
         with torch.no_grad():
             expected, found = model(x), prepared.model(x)
         apart = (expected - found).abs().max() / expected.abs().max().clamp_min(1e-300)
@@ -223,14 +223,25 @@ def test_many_random_programs_with_copies() -> None:
 
 def test_fuse_and_inspect_report_them() -> None:
     model = nn.Sequential(copy_rows(nn.Conv2d(3, 7, 3), (5, 1, 2.0)), nn.ReLU(), nn.Conv2d(7, 2, 3)).eval()
-    result = convmerge.fuse(model, X)
+    result = convmerge.fuse(model, X, objective="macs")
     assert widths(result.model) == [6, 2]
     assert [s.reason for s in result.report.merged()] == [
         "Conv2d(3, 6, 3×3), without 1 output channels that were copies of others",
         "Conv2d(6, 2, 3×3), without 1 input channels that were copies of others",
     ]
-    assert convmerge.inspect(model, X).merged() and not convmerge.check(result.model, X).merged()
-    assert widths(convmerge.fuse(model, X, skip=["2"]).model) == [7, 2]
+    assert convmerge.inspect(model, X, objective="macs").merged()
+    assert not convmerge.check(result.model, X, objective="macs").merged()
+    assert widths(convmerge.fuse(model, X, objective="macs", skip=["2"]).model) == [7, 2]
+
+
+@pytest.mark.parametrize(("copied", "stay"), [(6, True), (32, False)])
+def test_a_few_copies_stay_where_time_counts(copied: int, stay: bool) -> None:
+    """58 channels take a kernel with blocks of 16 as long as 64."""
+    rows = ((64 - copied + i, i, 1.0) for i in range(copied))
+    model = nn.Sequential(copy_rows(nn.Conv2d(3, 64, 3), *rows), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    prepared = remove_duplicates(model, Inputs((torch.randn(1, 3, 56, 56),)))
+    assert (prepared.model is model) == stay
+    assert {site.action for site in prepared.sites} == {"keep" if stay else "merge"}
 
 
 def test_a_wrong_factor_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +249,6 @@ def test_a_wrong_factor_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = lambda o, g: [copies.Copy(c.place, c.of, 1.5 * c.factor) for c in right(o, g)]  # noqa: E731
     monkeypatch.setattr(copies, "_repeated", wrong)
     model = nn.Sequential(copy_rows(nn.Conv2d(3, 7, 3), (5, 1, 2.0)), nn.ReLU(), nn.Conv2d(7, 2, 3)).eval()
-    result = convmerge.fuse(model, X)
+    result = convmerge.fuse(model, X, objective="macs")
     assert widths(result.model) == [7, 2] and not result.report.merged()
     assert any("duplicates was left out" in warning for warning in result.report.warnings)

@@ -49,7 +49,7 @@ def fused(model: nn.Module, x: Tensor) -> convmerge.Result:
     return result
 
 
-def conv_alone(model: nn.Module, x: Tensor) -> None:
+def one_layer(model: nn.Module, x: Tensor) -> None:
     result = fused(model, x)
     assert result.report.after is not None
     assert result.report.after.operators == {"linear": 1}, result.report.sites
@@ -63,7 +63,7 @@ def seeded() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_however_it_is_flattened(form: str, batch: int) -> None:
-    conv_alone(Flattening(FORMS[form]), torch.randn(batch, 3, 7, 6))
+    one_layer(Flattening(FORMS[form]), torch.randn(batch, 3, 7, 6))
 
 
 TAILS: dict[str, Callable[[], list[nn.Module]]] = {
@@ -78,15 +78,15 @@ TAILS: dict[str, Callable[[], list[nn.Module]]] = {
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_what_may_stand_around_the_linear_layer(tail: str) -> None:
-    conv_alone(Flattening(FORMS["module"], *TAILS[tail]()), torch.randn(2, 3, 7, 6))
+    one_layer(Flattening(FORMS["module"], *TAILS[tail]()), torch.randn(2, 3, 7, 6))
 
 
 def test_batch_norm_before_and_channels_last() -> None:
     model = Flattening(FORMS["torch.flatten"], before=nn.BatchNorm2d(5))
     x = torch.randn(2, 3, 7, 6)
-    conv_alone(model, x)
+    one_layer(model, x)
     last = torch.channels_last
-    conv_alone(model.to(memory_format=last), x.to(memory_format=last))
+    one_layer(model.to(memory_format=last), x.to(memory_format=last))
 
 
 def test_maps_of_as_many_numbers_in_another_shape_are_an_error() -> None:
@@ -107,7 +107,7 @@ def test_a_branch_from_the_image_itself() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.conv(x).flatten(1)) + self.skip(x.flatten(1))
 
-    conv_alone(Skip(), torch.randn(2, 3, 7, 6))
+    one_layer(Skip(), torch.randn(2, 3, 7, 6))
 
 
 def test_batch_norm_of_features_joins_the_linear_layer_where_the_convolution_cannot() -> None:

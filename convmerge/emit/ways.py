@@ -150,7 +150,7 @@ def flattened(g: Geometry) -> Emission:
     """A form whose kernel covers the map, without padding, as a linear layer on all of its numbers.
 
     Its output has no positions. torch lays the weights of a convolution out anew in every call, which takes
-    5 to 10 times as long as this product with a vector.
+    about ten times as long as this product with a vector.
     """
     linear = Geometry.channelwise(g.in_channels * math.prod(g.kernel), g.out_channels, 1, 0, bias=g.bias)
     return Emission((Layer("flatten", g), Layer("linear", linear)), (), ())
