@@ -31,8 +31,8 @@ COPIES = "that were copies of others"
 DIFFER = "what is computed from them differs"
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 # Predicted time with copies over that without, of the layers that change. What is left is rarely a multiple
-# of the kernels' blocks of channels: with a tenth to an eighth of 64..128 channels gone, convolutions predicted
-# to be 1.0 to 1.2 times as fast were measured to be 0.87 to 0.92 times as fast (tests/benchmarks/heads.py).
+# of the kernels' blocks of channels: with a tenth to an eighth of 64..128 channels gone, layers predicted to
+# be 1.0 to 1.2 times as fast were measured to be 0.87 to 0.92 times as fast (tests/benchmarks/heads.py).
 MARGIN = 1.25
 
 
