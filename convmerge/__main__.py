@@ -2,6 +2,6 @@
 
 import sys
 
-from convmerge.cli import main
+from convmerge.cli.main import main
 
 sys.exit(main())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convmerge.capture import copy_model
+from convmerge.evidence.capture import copy_model
 from convmerge.inputs import Inputs
 from convmerge.report import Counts
 

@@ -11,12 +11,16 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence
-from convmerge.constants import Constants
-from convmerge.cost import CostModel, Objective, Roofline
-from convmerge.cuts import cut, home_of
+from convmerge.cost.model import CostModel, Objective, Roofline
+from convmerge.edit.cuts import cut, home_of
+from convmerge.edit.edits import Edit, GraphEdit, UnitEdit
+from convmerge.edit.frames import Frames
+from convmerge.edit.lower import lower
+from convmerge.edit.retrace import Trace, retrace
+from convmerge.edit.static import StaticProofs
 from convmerge.errors import Refusal
-from convmerge.lower import Edit, Frames, GraphEdit, UnitEdit, lower
+from convmerge.evidence.capture import Evidence
+from convmerge.evidence.constants import Constants
 from convmerge.plan import (
     ChainPlan,
     Denial,
@@ -29,10 +33,8 @@ from convmerge.plan import (
     units,
 )
 from convmerge.recognise import Context
-from convmerge.reduction import find_regions
-from convmerge.regions import Chain, Element, Regions, calls_of
-from convmerge.retrace import Trace, retrace
-from convmerge.static import StaticProofs
+from convmerge.regions.elements import Chain, Element, Regions, calls_of
+from convmerge.regions.reduction import find_regions
 
 # How much of a model's MACs one merge may add where it is predicted to be faster all the same.
 SPARE_MACS = 0.001

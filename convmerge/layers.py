@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from convmerge import emit
-from convmerge.borderclasses import Bordered
-from convmerge.borderplan import border_numbers
+from convmerge.borders.classes import Bordered
 from convmerge.decide import Decider, Decision, Decisions
 from convmerge.emit.bordered import build_bordered
 from convmerge.emit.parallel import Parallel, build_parallel
 from convmerge.errors import Refusal
 from convmerge.plan import Site, site_numbers
+from convmerge.plan.bordered import border_numbers
 from convmerge.recognise import Filter
-from convmerge.regions import leaves
-from convmerge.replay import Replay
+from convmerge.regions.elements import leaves
 from convmerge.verification.probes import Probe, probe, rounded_once
+from convmerge.verification.replay import Replay
 
 PARTNER = "another term of the same sum cannot be merged"
 

@@ -9,16 +9,16 @@ from typing import Any
 from torch.fx.node import Node
 
 from convmerge.affine import Geometry
-from convmerge.cost import Cost
+from convmerge.cost.model import Cost
 from convmerge.decide import Decider, Decisions
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
-from convmerge.fold import geometry_of, place_of
 from convmerge.layers import Built
 from convmerge.plan import Denial, Site
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.recognise.generated import APPLY
-from convmerge.regions import Block, Element, Fork, Leaf, Regions, Share, calls_of, leaves
+from convmerge.regions.elements import Block, Element, Fork, Leaf, Regions, Share, calls_of, leaves
+from convmerge.regions.fold import geometry_of, place_of
 from convmerge.report import SiteReport
 from convmerge.structure import structural_denials
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence
-from convmerge.fold import place_of
+from convmerge.evidence.capture import Evidence
 from convmerge.plan import Denial
 from convmerge.recognise import Filter
-from convmerge.regions import CHECKS, Block, Chain, Element, Join, Leaf, Regions, Term, calls_of
+from convmerge.regions.elements import CHECKS, Block, Chain, Element, Join, Leaf, Regions, Term, calls_of
+from convmerge.regions.fold import place_of
 
 
 def structural_denials(evidence: Evidence, regions: Regions) -> Iterator[Denial]:

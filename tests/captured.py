@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convmerge.capture import Evidence, capture
-from convmerge.constants import Constants
-from convmerge.fold import Place, fold_geometry, fold_numbers, place_of
+from convmerge.evidence.capture import Evidence, capture
+from convmerge.evidence.constants import Constants
 from convmerge.inputs import as_inputs
 from convmerge.recognise import Context
-from convmerge.reduction import find_regions
-from convmerge.regions import Chain, Regions
-from convmerge.replay import apply_at
+from convmerge.regions.elements import Chain, Regions
+from convmerge.regions.fold import Place, fold_geometry, fold_numbers, place_of
+from convmerge.regions.reduction import find_regions
+from convmerge.verification.replay import apply_at
 
 
 class Function(nn.Module):

@@ -37,7 +37,7 @@ from convmerge.algebra import (
     without_fill,
 )
 from convmerge.algebra.axis import POINT, Axis
-from convmerge.borders import join, join_geometry, leaks
+from convmerge.borders.leaks import join, join_geometry, leaks
 from convmerge.emit import build, emissions
 from convmerge.errors import Refusal
 

@@ -100,7 +100,7 @@ def test_a_model_that_does_not_run() -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from convmerge.cli import main
+    from convmerge.cli.main import main
 
     for name, channels in (("a.pt", 5), ("b.pt", 2)):
         torch.save(nn.Sequential(nn.Conv2d(3, channels, 3)), tmp_path / name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import convmerge
-from convmerge.cli import main
+from convmerge.cli.main import main
 from convmerge.errors import ConvmergeError
 from convmerge.inputs import Filled, as_inputs, bind_inputs, parse_bindings
 

@@ -21,8 +21,8 @@ import convmerge
 from convmerge.affine import Affine
 from convmerge.algebra import compose
 from convmerge.algebra.axis import POINT, Axis, from_axes
-from convmerge.borderclasses import Bordered, bordered
-from convmerge.borders import join
+from convmerge.borders.classes import Bordered, bordered
+from convmerge.borders.leaks import join
 from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
 from convmerge.report import Report, SiteReport

@@ -17,8 +17,8 @@ from torch.export import Dim
 
 from convmerge.affine import Affine
 from convmerge.algebra.axis import Axis
-from convmerge.borderclasses import bordered
-from convmerge.borders import join
+from convmerge.borders.classes import bordered
+from convmerge.borders.leaks import join
 from convmerge.emit import build, emissions
 from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal

@@ -15,7 +15,7 @@ from convmerge.affine import Affine, Geometry
 from convmerge.algebra import diagonal
 from convmerge.algebra.axis import POINT, Axis, from_axes
 from convmerge.algebra.edges import axis_edges, inside_taps
-from convmerge.borders import fade_bias, join, join_geometry, leaks
+from convmerge.borders.leaks import fade_bias, join, join_geometry, leaks
 from convmerge.errors import Refusal
 
 NEAREST = Axis(2, 2, 1, 1, 1, 1)

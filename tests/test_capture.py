@@ -13,12 +13,12 @@ from models import conv_bn
 from torch import Tensor, nn
 
 import convmerge
-from convmerge.capture import ROOT, capture, copy_model
-from convmerge.constants import Constants
 from convmerge.errors import ConvmergeError
+from convmerge.evidence.capture import ROOT, capture, copy_model
+from convmerge.evidence.constants import Constants
+from convmerge.evidence.tracing import unmarked
 from convmerge.inputs import Inputs, as_inputs
-from convmerge.regions import stale_readers
-from convmerge.tracing import unmarked
+from convmerge.regions.elements import stale_readers
 
 MAP = (2, 6, 7, 9)
 

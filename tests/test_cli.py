@@ -22,7 +22,9 @@ import pytest
 import torch
 from torch import nn
 
-from convmerge import api, cli, terminal
+from convmerge import api
+from convmerge.cli import terminal
+from convmerge.cli.main import main
 from convmerge.inputs import Inputs
 from convmerge.report import Report, Verification
 
@@ -49,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*words: object) -> Outcome:
         capsys.readouterr()
-        code = cli.main([str(word) for word in words])
+        code = main([str(word) for word in words])
         return Outcome(code, *capsys.readouterr())
 
     return run
@@ -427,7 +429,7 @@ def test_models_that_print_do_not_spoil_the_output(
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["fuse", "--help"], ["nope"]])
 def test_help_and_usage_errors_import_neither_torch_nor_rich(words: list[str]) -> None:
     script = (
-        "import sys; from convmerge.cli import main; main(sys.argv[1:]);"
+        "import sys; from convmerge.cli.main import main; main(sys.argv[1:]);"
         "print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
     )
     result = subprocess.run(
@@ -439,7 +441,7 @@ def test_help_and_usage_errors_import_neither_torch_nor_rich(words: list[str]) -
 # Runs the command line with a canned report, as importing torch takes seconds.
 CANNED = """
 import sys, time
-from convmerge import cli
+from convmerge.cli import commands, main
 from convmerge.report import Report, SiteReport
 
 def planned(name, *_, **__):
@@ -449,8 +451,8 @@ def planned(name, *_, **__):
     site = SiteReport("a … b", ("conv 3×3",), "3→5", "merge", "one conv")
     return Report(name, "×→.pt", sites=(site,), warnings=("×→",))
 
-cli._planned = planned
-sys.exit(cli.main(sys.argv[1:]))
+commands._planned = planned
+sys.exit(main.main(sys.argv[1:]))
 """
 
 

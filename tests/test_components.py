@@ -23,12 +23,12 @@ from convmerge.algebra.components import (
     edges_of_weight,
     restrict,
 )
-from convmerge.blocks import Blocks, Patterns, blocks_of
 from convmerge.emit import emissions
 from convmerge.emit.parallel import Branch, Parallel, build_parallel
-from convmerge.fold import Place, after, fold_geometry, fold_numbers
 from convmerge.recognise import Filter, Scalar
-from convmerge.regions import Block, Element, Leaf
+from convmerge.regions.blocks import Blocks, Patterns, blocks_of
+from convmerge.regions.elements import Block, Element, Leaf
+from convmerge.regions.fold import Place, after, fold_geometry, fold_numbers
 
 NODES = fx.Graph()
 

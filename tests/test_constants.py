@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import convmerge
-from convmerge.constants import memory_root, view_of
 from convmerge.errors import ConvmergeError
+from convmerge.evidence.constants import memory_root, view_of
 from convmerge.recognise import Filter
 
 MAP = (2, 6, 7, 9)

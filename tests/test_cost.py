@@ -8,8 +8,8 @@ import torch
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import compose
 from convmerge.algebra.axis import POINT, Axis, from_axes
-from convmerge.borders import join_geometry
-from convmerge.cost import ZERO, Cost, cheapest, emission_cost, layer_cost, operator_cost
+from convmerge.borders.leaks import join_geometry
+from convmerge.cost.model import ZERO, Cost, cheapest, emission_cost, layer_cost, operator_cost
 from convmerge.emit import Layer, build, emissions, swapped
 
 SAME = Axis(3, 1, 1, 1, 1, 1)

@@ -11,7 +11,7 @@ from torch import nn
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import compose
 from convmerge.algebra.axis import POINT, Axis, from_axes
-from convmerge.borders import join
+from convmerge.borders.leaks import join
 from convmerge.emit import build, emissions, round_once
 from convmerge.errors import Refusal
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from convmerge.cli import main
+from convmerge.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.name for path in (ROOT / "fixtures").glob("*.pt"))

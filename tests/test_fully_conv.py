@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convmerge
 from convmerge import ConvmergeError
-from convmerge.cli import main
+from convmerge.cli.main import main
 from convmerge.inputs import Inputs
 from convmerge.passes import headrules
 from convmerge.passes.fully_conv import fully_convolutional

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import convmerge
 from convmerge.affine import Geometry
 from convmerge.algebra.axis import POINT, Axis, from_axes
-from convmerge.cli import main
-from convmerge.cost import ZERO, Cost, Roofline, operator_cost
+from convmerge.cli.main import main
+from convmerge.cost.measure import HOPELESS, Measured, Subject, runnable
+from convmerge.cost.model import ZERO, Cost, Roofline, operator_cost
+from convmerge.cost.timing import Run, Stopwatch
 from convmerge.emit import Emission, Layer, emissions
-from convmerge.measure import HOPELESS, Measured, Subject, runnable
-from convmerge.timing import Run, Stopwatch
 
 SAME = Axis(3, 1, 1, 1, 1, 1)
 

@@ -18,11 +18,11 @@ import torch
 from generate import Draw
 from torch import Tensor, fx, nn
 
-from convmerge import borders
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import axis, bias, branches, edges, multiples, polyphase
 from convmerge.algebra.axis import Axis, Composition, Placement
-from convmerge.borders import Leaks
+from convmerge.borders import leaks as borders
+from convmerge.borders.leaks import Leaks
 
 # Packages export functions of the names of these modules.
 compose = importlib.import_module("convmerge.algebra.compose")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import convmerge
-from convmerge import api
+from convmerge import pipeline
 from convmerge.inputs import Inputs
 from convmerge.passes import Pass, Prepared
 from convmerge.report import SiteReport
@@ -37,7 +37,7 @@ def model() -> nn.Module:
 
 
 def _with(monkeypatch: pytest.MonkeyPatch, step: Pass) -> None:
-    monkeypatch.setattr(api._Options, "passes", lambda self: [("rescale", step)])
+    monkeypatch.setattr(pipeline.Options, "passes", lambda self: [("rescale", step)])
 
 
 def test_a_pass_that_keeps_the_function_is_adopted(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from models import conv_bn
 from torch import Tensor, nn
 
 import convmerge
-from convmerge.cost import ZERO, Cost, Objective, operator_cost
+from convmerge.cost.model import ZERO, Cost, Objective, operator_cost
+from convmerge.edit.frames import Frames
 from convmerge.errors import Refusal
-from convmerge.lower import Frames
 from convmerge.plan import WINDOW, Planner, Site, ends_of, site_numbers
-from convmerge.reduction import find_regions
-from convmerge.regions import Block, Chain
+from convmerge.regions.elements import Block, Chain
+from convmerge.regions.reduction import find_regions
 from convmerge.report import Report, SiteReport
 
 MAP = (2, 6, 12, 14)

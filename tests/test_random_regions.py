@@ -22,20 +22,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmerge
-from convmerge import borderclasses
-from convmerge.borderclasses import bordered
-from convmerge.borderplan import border_numbers, border_stages
-from convmerge.cost import ZERO
+from convmerge.borders import classes
+from convmerge.borders.classes import bordered
+from convmerge.cost.model import ZERO
+from convmerge.edit.edits import Run
+from convmerge.edit.frames import Frames
 from convmerge.emit import build, emissions
 from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
-from convmerge.fold import place_of
-from convmerge.lower import Frames, Run
 from convmerge.plan import Planner, Site, site_numbers
+from convmerge.plan.bordered import border_numbers, border_stages
 from convmerge.plan.site import is_passage, is_same
 from convmerge.recognise import Context
-from convmerge.regions import Chain
-from convmerge.replay import Replay
+from convmerge.regions.elements import Chain
+from convmerge.regions.fold import place_of
+from convmerge.verification.replay import Replay
 
 AHEAD = 8  # sizes from the smallest on
 ROUNDING = 1e-12
@@ -188,8 +189,8 @@ MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_at_the_borders_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, mistaken = MISTAKES[name]
-    right = getattr(borderclasses, function)
-    monkeypatch.setattr(borderclasses, function, lambda *args: mistaken(right, *args))
+    right = getattr(classes, function)
+    monkeypatch.setattr(classes, function, lambda *args: mistaken(right, *args))
     with pytest.raises(AssertionError, match="another result"):
         for seed in range(10):
             check(seed, 1)

@@ -12,10 +12,10 @@ from captured import Function, Pair, assert_close, random, randomised, regions_o
 from torch import Tensor, nn
 
 from convmerge.errors import Refusal
-from convmerge.fold import fold_geometry, fold_numbers, place_of
 from convmerge.recognise import Filter, Passage, Same, Scalar
-from convmerge.regions import Block, Element, Leaf, blocks, calls_of, leaves
-from convmerge.replay import apply_at
+from convmerge.regions.elements import Block, Element, Leaf, blocks, calls_of, leaves
+from convmerge.regions.fold import fold_geometry, fold_numbers, place_of
+from convmerge.verification.replay import apply_at
 
 MAP = (2, 6, 7, 9)
 

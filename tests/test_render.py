@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from convmerge.cli.terminal import one_line
 from convmerge.io import Contents, TensorInfo
 from convmerge.render import View, check_parts, contents_parts, fuse_parts, inspect_parts, verify_parts
 from convmerge.render.figures import arrow, compact, difference, percent, seconds
 from convmerge.render.sites import group_sites
 from convmerge.report import Comparison, Counts, Report, SiteReport, Verification
-from convmerge.terminal import one_line
 
 GOLDEN = Path(__file__).parent / "golden"
 

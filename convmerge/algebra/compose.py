@@ -1,6 +1,6 @@
 """Composition: outer ∘ inner as one form, exact wherever the outer one reads no padding.
 
-What happens where it does read padding is the matter of :mod:`convmerge.borders`.
+What happens where it does read padding is the matter of :mod:`convmerge.borders.leaks`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine
 from convmerge.algebra.axis import Axis
-from convmerge.borderclasses import Bordered, Key, class_form, residues_of
+from convmerge.borders.classes import Bordered, Key, class_form, residues_of
 from convmerge.emit.build import build, round_once
 from convmerge.emit.interleave import Interleaving, interleave, plain_graph_module
 from convmerge.emit.ways import emissions

@@ -283,7 +283,7 @@ def _has_float(value: Any) -> bool:
 
 
 def _run(filled: Filled, rest: Inputs) -> None:
-    from convmerge.capture import copy_model  # which itself knows inputs
+    from convmerge.evidence.capture import copy_model  # which itself knows inputs
 
     trial, inputs = copy_model(filled).eval(), rest.clone()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convmerge.copying import deep_copy
 from convmerge.errors import ConvmergeError
+from convmerge.evidence.copying import deep_copy
 from convmerge.inputs.random import integer_range, random_tensor, seeded
 from convmerge.inputs.values import Inputs, forward_parameters, model_device, model_dtype
 from convmerge.io.pickles import printable

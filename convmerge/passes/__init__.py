@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from convmerge.capture import Evidence
+from convmerge.evidence.capture import Evidence
 from convmerge.inputs import Inputs
 from convmerge.report import SiteReport
 

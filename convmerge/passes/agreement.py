@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence, is_tensor, live_calls
-from convmerge.constants import Constants
+from convmerge.edit.retrace import same_operator
 from convmerge.errors import Refusal
-from convmerge.regions import CHECKS
-from convmerge.retrace import same_operator
+from convmerge.evidence.capture import Evidence, is_tensor, live_calls
+from convmerge.evidence.constants import Constants
+from convmerge.regions.elements import CHECKS
 
 
 def agreement(

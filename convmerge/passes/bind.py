@@ -12,18 +12,18 @@ from torch import nn
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 
-from convmerge.capture import Evidence, capture, copy_model, is_tensor
-from convmerge.constants import Constants
+from convmerge.edit.rewrite import stand_in
 from convmerge.errors import ConvmergeError, Refusal
+from convmerge.evidence.capture import Evidence, capture, copy_model, is_tensor
+from convmerge.evidence.constants import Constants
 from convmerge.inputs import Inputs
 from convmerge.inputs.bound import Filled, bind_inputs
 from convmerge.inputs.values import describe
 from convmerge.passes import Pass, Prepared
 from convmerge.passes.agreement import agreement, resolutions
 from convmerge.passes.specialise import Specialised, specialise
-from convmerge.regions import CHECKS
+from convmerge.regions.elements import CHECKS
 from convmerge.report import SiteReport
-from convmerge.rewrite import stand_in
 from convmerge.verification.compare import compare
 
 Check = Callable[[nn.Module, nn.Module, Inputs], bool]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from convmerge.capture import capture, copy_model
-from convmerge.constants import Constants
-from convmerge.cost import Objective
+from convmerge.cost.model import Objective
 from convmerge.emit.build import round_once
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import capture, copy_model
+from convmerge.evidence.constants import Constants
 from convmerge.inputs import Inputs
 from convmerge.passes import Prepared
 from convmerge.passes.channels.alignment import Alignment, Mix, align, mixes

@@ -1,8 +1,8 @@
 """Putting other layers in place of single calls of a model, on a copy of it.
 
 The passes say which calls of the evidence change and into what; carrying that back to modules, or into the
-traced code of modules, is that of merges (:mod:`convmerge.lower`, :mod:`convmerge.retrace`,
-:mod:`convmerge.rewrite`).
+traced code of modules, is that of merges (:mod:`convmerge.edit.lower`, :mod:`convmerge.edit.retrace`,
+:mod:`convmerge.edit.rewrite`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence, copy_model
-from convmerge.constants import Constants
-from convmerge.copying import deep_copy
+from convmerge.edit.edits import Edit, GraphEdit, Run, UnitEdit
+from convmerge.edit.frames import Frames
+from convmerge.edit.lower import lower
+from convmerge.edit.retrace import Trace, retrace
+from convmerge.edit.rewrite import Replacement, apply
 from convmerge.errors import Refusal
-from convmerge.lower import Edit, Frames, GraphEdit, Run, UnitEdit, lower
+from convmerge.evidence.capture import Evidence, copy_model
+from convmerge.evidence.constants import Constants
+from convmerge.evidence.copying import deep_copy
 from convmerge.recognise import Passage
-from convmerge.regions import Leaf
-from convmerge.retrace import Trace, retrace
-from convmerge.rewrite import Replacement, apply
+from convmerge.regions.elements import Leaf
 
 
 @dataclass(frozen=True, eq=False)

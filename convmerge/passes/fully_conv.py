@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 
-from convmerge.capture import Evidence, capture
 from convmerge.errors import ConvmergeError, Refusal
+from convmerge.evidence.capture import Evidence, capture
 from convmerge.inputs import Inputs
 from convmerge.passes import Prepared
 from convmerge.passes.edits import Change, Editor

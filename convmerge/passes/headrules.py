@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from convmerge.affine import Dims
-from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call
 from convmerge.recognise import Context, Filter, recognise
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

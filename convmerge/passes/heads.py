@@ -16,13 +16,13 @@ from torch import nn
 from torch.fx.node import Node
 
 from convmerge.affine import Dims
-from convmerge.capture import Call, Evidence, is_tensor, nodes_of
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, Evidence, is_tensor, nodes_of
 from convmerge.passes.edits import Change
 from convmerge.passes.headrules import KEPT, Lifted, Weights, rule_for
 from convmerge.passes.pools import Pool, flattens, global_pool
 from convmerge.recognise import Context
-from convmerge.regions import CHECKS
+from convmerge.regions.elements import CHECKS
 
 
 @dataclass(frozen=True, eq=False)

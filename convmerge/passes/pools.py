@@ -9,8 +9,8 @@ from torch import nn
 from torch.fx.node import Node
 
 from convmerge.affine import Dims
-from convmerge.capture import Call, Evidence, is_tensor
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, Evidence, is_tensor
 from convmerge.passes.headrules import Lifted
 
 AVERAGE = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}

@@ -18,10 +18,11 @@ from torch import fx, nn
 from torch.fx.node import Node
 from torch.nn.utils import parametrize
 
-from convmerge.capture import capture, plain_defaults
-from convmerge.constants import Constants
 from convmerge.emit.build import round_once
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import capture, plain_defaults
+from convmerge.evidence.constants import Constants
+from convmerge.evidence.tracing import quiet
 from convmerge.inputs import Inputs
 from convmerge.passes import Prepared
 from convmerge.passes.channels.alignment import Alignment, align, mixes
@@ -31,7 +32,6 @@ from convmerge.passes.channels.rows import SILENCED, rows
 from convmerge.passes.channels.shrink import shrink
 from convmerge.passes.edits import shallow_copy
 from convmerge.report import SiteReport
-from convmerge.tracing import quiet
 from convmerge.verification.compare import compare
 
 

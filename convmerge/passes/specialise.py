@@ -21,12 +21,12 @@ from torch.fx.node import Argument
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
 
+from convmerge.edit.lower import check_hooks
 from convmerge.errors import Refusal
+from convmerge.evidence.tracing import quiet
 from convmerge.inputs import Inputs
 from convmerge.inputs.values import model_device, model_dtype
-from convmerge.lower import check_hooks
 from convmerge.passes.assume import Examples, run_assuming
-from convmerge.tracing import quiet
 
 KNOWN = "fixed_{}"
 

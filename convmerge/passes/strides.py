@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx.node import Node
 
 from convmerge.affine import Dims
-from convmerge.capture import Call, is_tensor, nodes_of
+from convmerge.evidence.capture import Call, is_tensor, nodes_of
 from convmerge.passes.headrules import rule_for
 from convmerge.recognise import Context
 

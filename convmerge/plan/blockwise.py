@@ -8,14 +8,14 @@ import torch
 
 from convmerge.affine import Geometry
 from convmerge.algebra import lift_geometry
-from convmerge.borders import join_geometry
-from convmerge.capture import Evidence
-from convmerge.cost import ZERO, Cost, CostModel
+from convmerge.borders.leaks import join_geometry
+from convmerge.cost.model import ZERO, Cost, CostModel
 from convmerge.emit.parallel import Parallel, run_of
-from convmerge.fold import Place, axes_along
+from convmerge.evidence.capture import Evidence
 from convmerge.plan.site import is_passage, run_geometries, runs_of
 from convmerge.recognise.channels import RESHAPES, VIEWS
-from convmerge.regions import Chain, Leaf
+from convmerge.regions.elements import Chain, Leaf
+from convmerge.regions.fold import Place, axes_along
 
 # A dense product of no more MACs than this takes no longer than the calls that would save them.
 FREE_MACS = 1 << 17

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convmerge.cost import ZERO, Cost
+from convmerge.cost.model import ZERO, Cost
 from convmerge.errors import Refusal
-from convmerge.fold import place_of
 from convmerge.plan.site import Site, is_same
 from convmerge.recognise import Scalar
-from convmerge.regions import Block, Chain, Leaf
+from convmerge.regions.elements import Block, Chain, Leaf
+from convmerge.regions.fold import place_of
 
 if TYPE_CHECKING:
     from convmerge.plan.planner import Planner

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch.fx.node import Node
 
-from convmerge.capture import is_tensor
-from convmerge.cost import ZERO, Cost, CostModel
-from convmerge.fold import Place
-from convmerge.lower import Frames
+from convmerge.cost.model import ZERO, Cost, CostModel
+from convmerge.edit.frames import Frames
+from convmerge.evidence.capture import is_tensor
 from convmerge.recognise import Filter, Passage, Same, Scalar
-from convmerge.regions import CHECKS, Chain, Element, Leaf, leaves
+from convmerge.regions.elements import CHECKS, Chain, Element, Leaf, leaves
+from convmerge.regions.fold import Place
 
 
 @dataclass(frozen=True, eq=False)

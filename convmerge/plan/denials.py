@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convmerge.blocks import is_slice
-from convmerge.borderplan import border_words
 from convmerge.emit import emissions
 from convmerge.errors import Refusal
-from convmerge.fold import Place, place_of
+from convmerge.plan.bordered import border_words
 from convmerge.plan.site import Denial, Part, ends_of, is_filler
-from convmerge.regions import Block, Chain, Element, Leaf
+from convmerge.regions.blocks import is_slice
+from convmerge.regions.elements import Block, Chain, Element, Leaf
+from convmerge.regions.fold import Place, place_of
 
 if TYPE_CHECKING:
     from convmerge.plan.planner import Planner

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from convmerge.affine import Affine
 from convmerge.algebra import split
-from convmerge.cost import ZERO, Cost
+from convmerge.cost.model import ZERO, Cost
 from convmerge.errors import Refusal
-from convmerge.fold import Place, place_of
 from convmerge.plan.site import ChainPlan, Denial, Part, Site, is_passage, is_same
 from convmerge.recognise import BorderFill, Filter, Same, Scalar
-from convmerge.regions import Chain, Element, Join, Leaf, Regions, Share, Via, leaves
+from convmerge.regions.elements import Chain, Element, Join, Leaf, Regions, Share, Via, leaves
+from convmerge.regions.fold import Place, place_of
 
 if TYPE_CHECKING:
     from convmerge.plan.planner import Planner

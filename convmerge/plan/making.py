@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from convmerge.affine import Geometry
-from convmerge.blocks import Patterns, blocks_of, has_structure, moves_channels
-from convmerge.borderplan import border_option
-from convmerge.capture import Evidence
-from convmerge.cost import Cost, CostModel, Objective
+from convmerge.cost.model import Cost, CostModel, Objective
+from convmerge.edit.edits import Run
 from convmerge.emit import Emission, emissions, flattened, swapped
 from convmerge.emit.parallel import Branch, Parallel
 from convmerge.errors import Refusal
-from convmerge.fold import Place, after, cover_geometry, covers_map, fold_geometry
-from convmerge.lower import Run
+from convmerge.evidence.capture import Evidence
 from convmerge.plan.blockwise import FREE_MACS, in_order, order_cost, relaid
+from convmerge.plan.bordered import border_option
 from convmerge.plan.site import Site, at_home, before_join, check_place, is_same, run_geometries, runs_of
 from convmerge.recognise import Filter
-from convmerge.regions import Chain, Element, Leaf, Share
+from convmerge.regions.blocks import Patterns, blocks_of, has_structure, moves_channels
+from convmerge.regions.elements import Chain, Element, Leaf, Share
+from convmerge.regions.fold import Place, after, cover_geometry, covers_map, fold_geometry
 
 Ways = Callable[[Geometry], Sequence[Emission]]
 

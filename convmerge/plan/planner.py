@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from torch.fx.node import Node
 
 from convmerge.affine import Geometry
-from convmerge.blocks import Patterns
-from convmerge.borderplan import border_pays
-from convmerge.capture import Evidence
-from convmerge.cost import ZERO, Cost, CostModel, Objective, Roofline
+from convmerge.cost.model import ZERO, Cost, CostModel, Objective, Roofline
+from convmerge.edit.frames import Frames
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
-from convmerge.fold import place_of
-from convmerge.lower import Frames
+from convmerge.evidence.capture import Evidence
+from convmerge.plan.bordered import border_pays
 from convmerge.plan.branches import Inside, joining_cost, plan_inside
 from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
@@ -27,7 +25,9 @@ from convmerge.plan.making import Maker
 from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
 from convmerge.plan.table import Table
 from convmerge.recognise import Filter
-from convmerge.regions import Block, Chain, Element, Leaf, leaves
+from convmerge.regions.blocks import Patterns
+from convmerge.regions.elements import Block, Chain, Element, Leaf, leaves
+from convmerge.regions.fold import place_of
 
 # Longer runs of mergeable operators are planned as if cut: intervals beyond this are not looked at, which
 # keeps the time linear in the model's length. The longest chains in real models have about ten operators.

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from convmerge.affine import Geometry
-from convmerge.borderclasses import Bordered
-from convmerge.cost import ZERO, Cost
+from convmerge.borders.classes import Bordered
+from convmerge.cost.model import ZERO, Cost
+from convmerge.edit.lower import fork_of, open_block
 from convmerge.errors import Refusal
-from convmerge.fold import Place, geometry_of, place_of
-from convmerge.lower import fork_of, open_block
 from convmerge.plan.site import Denial, Site
 from convmerge.recognise import Filter
-from convmerge.regions import Chain, Fork, Leaf
+from convmerge.regions.elements import Chain, Fork, Leaf
+from convmerge.regions.fold import Place, geometry_of, place_of
 
 if TYPE_CHECKING:
     from torch.fx.node import Node

@@ -10,15 +10,18 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import lift, lift_geometry
-from convmerge.blocks import Blocks
-from convmerge.borderclasses import Bordered
-from convmerge.borders import join, join_geometry
-from convmerge.capture import Evidence
-from convmerge.cost import Cost
+from convmerge.borders.classes import Bordered
+from convmerge.borders.leaks import join, join_geometry
+from convmerge.cost.model import Cost
+from convmerge.edit.edits import Run
 from convmerge.emit import Emission
 from convmerge.emit.parallel import Parallel
 from convmerge.errors import Refusal
-from convmerge.fold import (
+from convmerge.evidence.capture import Evidence
+from convmerge.recognise import Passage, Same
+from convmerge.regions.blocks import Blocks
+from convmerge.regions.elements import Chain, Element, Fork, Join, Leaf, Share, Via
+from convmerge.regions.fold import (
     Place,
     axes_along,
     cover,
@@ -26,9 +29,6 @@ from convmerge.fold import (
     fold_geometry,
     fold_numbers,
 )
-from convmerge.lower import Run
-from convmerge.recognise import Passage, Same
-from convmerge.regions import Chain, Element, Fork, Join, Leaf, Share, Via
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from convmerge.cost import ZERO, Cost, Objective
+from convmerge.cost.model import ZERO, Cost, Objective
 from convmerge.plan.site import Part
 
 ROUNDING = 1e-9  # of sums of costs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convmerge.capture import Call
+from convmerge.evidence.capture import Call
 from convmerge.recognise import border, filters, generated, layout, pointwise, stacked  # noqa: F401  (registers)
 from convmerge.recognise.steps import (
     RECOGNISERS,

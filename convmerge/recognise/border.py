@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Dims, Geometry
-from convmerge.capture import Call
-from convmerge.constants import run_call
+from convmerge.evidence.capture import Call
+from convmerge.evidence.constants import run_call
 from convmerge.recognise.stacked import concatenation
 from convmerge.recognise.steps import BorderFill, Context, Filter, Same, Scalar, Step, recognises
 

@@ -15,8 +15,8 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra import selection
-from convmerge.capture import Call, is_tensor
-from convmerge.constants import run_call
+from convmerge.evidence.capture import Call, is_tensor
+from convmerge.evidence.constants import run_call
 from convmerge.recognise.steps import Context, Filter, Same, recognises
 
 RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"])

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Dims, Geometry
-from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call
 from convmerge.recognise.flattened import after_flatten
 from convmerge.recognise.generated import depends, refuse_generated
 from convmerge.recognise.stacked import sum_of_stack

@@ -6,8 +6,8 @@ import math
 
 from torch.fx.node import Node
 
-from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call
 from convmerge.recognise.steps import Context, Step, recognises
 
 # Operators that apply a kernel or a matrix.

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx.node import Node
 
-from convmerge.capture import Call, is_tensor
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, is_tensor
 from convmerge.recognise.channels import moved_channels
 from convmerge.recognise.filters import _padding
 from convmerge.recognise.products import blockwise

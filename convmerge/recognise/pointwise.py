@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Call, is_tensor
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, is_tensor
 from convmerge.recognise.steps import (
     Context,
     Scalar,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
-from convmerge.capture import Call
+from convmerge.evidence.capture import Call
 from convmerge.recognise.channels import LONGEST, VIEWS, data_of, fits, move, positions, rows_of
 from convmerge.recognise.steps import Context, Filter
 

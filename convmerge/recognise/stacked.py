@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.fx.node import Node
 
-from convmerge.capture import Call
+from convmerge.evidence.capture import Call
 from convmerge.recognise.steps import Concat, Context, Step, Sum, recognises
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
-from convmerge.capture import Call, Evidence
-from convmerge.constants import Constants
+from convmerge.evidence.capture import Call, Evidence
+from convmerge.evidence.constants import Constants
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
+from convmerge.cli.terminal import one_line
 from convmerge.render.figures import arrow, compact, difference, error, percent, seconds, speed
 from convmerge.render.sites import STYLES, site_parts
 from convmerge.render.view import View, by_count, inset, natural_width, new_table, plural
 from convmerge.report import Comparison, Counts, Report, Saving, SiteReport, Verification
-from convmerge.terminal import one_line
 
 if TYPE_CHECKING:
     from convmerge.io import Contents

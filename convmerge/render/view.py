@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from convmerge.terminal import one_line
+from convmerge.cli.terminal import one_line
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from convmerge.copying import deep_copy
+from convmerge.evidence.copying import deep_copy
 from convmerge.verification.outputs import Leaves, leaves
 from convmerge.verification.probes import first_line
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 import convmerge
 from convmerge.affine import Geometry
 from convmerge.benchmark import peak_bytes
+from convmerge.cost.roofline import RATES, Load, latency, layer_load
+from convmerge.cost.timing import Stopwatch
 from convmerge.emit import Layer
 from convmerge.emit.batched import batched_linear
 from convmerge.inputs import as_inputs
-from convmerge.roofline import RATES, Load, latency, layer_load
-from convmerge.timing import Stopwatch
 
 FORMS = ("dense", "mask", "loop", "conv", "two convs", "einsum", "bmm")
 COLUMNS = "{:>5} {:>6} {:>5} " + " {:>9}" * (len(FORMS) + 1) + " {:>6}  {:30} {:>18} {:>22}"

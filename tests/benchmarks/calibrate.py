@@ -19,10 +19,10 @@ from table import parsed, parser
 
 from convmerge.affine import Geometry
 from convmerge.algebra.axis import Axis, from_axes
+from convmerge.cost.measure import Operator, Subject, runnable
+from convmerge.cost.roofline import RATES, Load, activations, latency, layer_load
+from convmerge.cost.timing import Run, Stopwatch
 from convmerge.emit import Kind, Layer
-from convmerge.measure import Operator, Subject, runnable
-from convmerge.roofline import RATES, Load, activations, latency, layer_load
-from convmerge.timing import Run, Stopwatch
 
 
 @dataclass(frozen=True)

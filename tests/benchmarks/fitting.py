@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from convmerge.roofline import Load, Rate, latency
+from convmerge.cost.roofline import Load, Rate, latency
 
 
 def off(rate: Rate, loads: Sequence[Load], seconds: Sequence[float]) -> float:

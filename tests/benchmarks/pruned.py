@@ -26,7 +26,7 @@ from silenced import pruned_model
 
 import convmerge
 from convmerge.benchmark import benchmark
-from convmerge.capture import copy_model
+from convmerge.evidence.capture import copy_model
 from convmerge.inputs import Inputs, as_inputs
 
 NAMES = ("resnet18", "vgg16_bn", "mobilenet_v2")

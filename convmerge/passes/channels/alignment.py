@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.algebra.components import components
-from convmerge.capture import Call, Evidence, nodes_of
-from convmerge.constants import Constants, memory_root
 from convmerge.errors import Refusal
-from convmerge.regions import stale_readers
+from convmerge.evidence.capture import Call, Evidence, nodes_of
+from convmerge.evidence.constants import Constants, memory_root
+from convmerge.regions.elements import stale_readers
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Call
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call
 from convmerge.passes.channels.alignment import (
     Alignment,
     Channels,

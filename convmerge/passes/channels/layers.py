@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 from torch.nn.utils import parametrize, prune
 
-from convmerge.capture import Call, Evidence
-from convmerge.constants import Constants
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, Evidence
+from convmerge.evidence.constants import Constants
 from convmerge.passes.channels.alignment import Alignment, Lanes, Mix
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Call, is_tensor
-from convmerge.constants import run_call
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, is_tensor
+from convmerge.evidence.constants import run_call
 from convmerge.passes.channels import filters, relayouts
 from convmerge.passes.channels.alignment import (
     RULES,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch.fx.node import Node
 
-from convmerge.capture import Call
-from convmerge.constants import run_call
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call
+from convmerge.evidence.constants import run_call
 from convmerge.passes.channels.alignment import (
     Alignment,
     Channels,

@@ -10,7 +10,7 @@ from typing import Any
 from torch.fx.node import Node
 
 from convmerge.affine import Geometry
-from convmerge.cost import layer_cost
+from convmerge.cost.model import layer_cost
 from convmerge.emit.layer import Kind, Layer
 from convmerge.passes.channels.alignment import Alignment, Lanes, Mix, Wall
 from convmerge.passes.channels.liveness import Liveness, weight_of

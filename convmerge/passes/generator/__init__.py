@@ -12,14 +12,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from convmerge.capture import Evidence, capture, copy_model
-from convmerge.constants import Constants
-from convmerge.cost import Objective
+from convmerge.cost.model import Objective
 from convmerge.decide import matches, site_paths
+from convmerge.edit.frames import Frames
+from convmerge.edit.retrace import Trace, retrace
+from convmerge.edit.rewrite import Tree, stand_in
 from convmerge.errors import Refusal
-from convmerge.fold import after, fold_numbers
+from convmerge.evidence.capture import Evidence, capture, copy_model
+from convmerge.evidence.constants import Constants
 from convmerge.inputs import Inputs
-from convmerge.lower import Frames
 from convmerge.passes import Prepared
 from convmerge.passes.edits import shallow_copy
 from convmerge.passes.generator.check import Forms, check, generated_rows, merged
@@ -28,11 +29,10 @@ from convmerge.passes.generator.kernels import computed_layers, has_computed_ker
 from convmerge.passes.generator.writing import Opening, Writer, opening
 from convmerge.plan import Planner
 from convmerge.recognise import Context
-from convmerge.reduction import find_regions
-from convmerge.regions import Element, calls_of
+from convmerge.regions.elements import Element, calls_of
+from convmerge.regions.fold import after, fold_numbers
+from convmerge.regions.reduction import find_regions
 from convmerge.report import SiteReport
-from convmerge.retrace import Trace, retrace
-from convmerge.rewrite import Tree, stand_in
 from convmerge.sites import comparison, describe_geometry, figures, operator_names, place_name
 
 

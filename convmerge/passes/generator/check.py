@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine
-from convmerge.capture import Evidence
-from convmerge.constants import Constants, run_call
+from convmerge.evidence.capture import Evidence
+from convmerge.evidence.constants import Constants, run_call
 from convmerge.passes.generator.choice import Fold
 from convmerge.passes.generator.kernels import Selection
 from convmerge.passes.generator.numbers import Rows
 from convmerge.recognise import Filter
-from convmerge.regions import calls_of
+from convmerge.regions.elements import calls_of
 from convmerge.verification.probes import Probe, probe
 
 Forms = tuple[Affine | None, Affine | None]

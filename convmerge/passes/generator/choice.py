@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from torch.fx.node import Node
 
 from convmerge.affine import Geometry
-from convmerge.capture import Evidence
-from convmerge.cost import ZERO, Cost
-from convmerge.fold import Place, after, fold_geometry
+from convmerge.cost.model import ZERO, Cost
+from convmerge.evidence.capture import Evidence
 from convmerge.passes.generator.kernels import Computed, Selection, ends, last_linear, pointwise, relayouts
 from convmerge.passes.generator.numbers import merged_geometry
 from convmerge.plan import Planner
-from convmerge.regions import Chain, Leaf, Regions
+from convmerge.regions.elements import Chain, Leaf, Regions
+from convmerge.regions.fold import Place, after, fold_geometry
 
 
 @dataclass(frozen=True, eq=False)

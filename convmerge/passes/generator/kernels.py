@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Dims, Geometry
-from convmerge.capture import Call, Evidence
-from convmerge.constants import Constants, run_call
-from convmerge.fold import Place
+from convmerge.evidence.capture import Call, Evidence
+from convmerge.evidence.constants import Constants, run_call
 from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
-from convmerge.regions import CHECKS, Chain, Element, Leaf, Regions, Share, Via, leaves
-from convmerge.replay import RESHAPES
+from convmerge.regions.elements import CHECKS, Chain, Element, Leaf, Regions, Share, Via, leaves
+from convmerge.regions.fold import Place
+from convmerge.verification.replay import RESHAPES
 
 # Operators that hand on the numbers of their first argument, each at most once, in another layout.
 LAYOUT = frozenset(

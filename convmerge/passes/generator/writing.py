@@ -11,17 +11,18 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from convmerge.affine import Affine
-from convmerge.capture import Frame
-from convmerge.cuts import cut
+from convmerge.edit.cuts import cut
+from convmerge.edit.frames import Frames, innermost_common
+from convmerge.edit.lower import check_hooks
+from convmerge.edit.retrace import Trace
+from convmerge.edit.rewrite import replace_part
 from convmerge.emit.build import round_once
 from convmerge.errors import Refusal
-from convmerge.lower import Frames, check_hooks, innermost_common
+from convmerge.evidence.capture import Frame
 from convmerge.passes.generator.choice import Fold
 from convmerge.passes.generator.kernels import Selection, relayouts
 from convmerge.passes.generator.numbers import Rows
-from convmerge.regions import Chain, calls_of
-from convmerge.retrace import Trace
-from convmerge.rewrite import replace_part
+from convmerge.regions.elements import Chain, calls_of
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _APPLY = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.conv1d, torch.conv2d, torch.conv3d)

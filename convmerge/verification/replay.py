@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from convmerge.affine import Affine
-from convmerge.borderclasses import Bordered
-from convmerge.borderplan import border_canvases
-from convmerge.capture import Evidence
-from convmerge.constants import Constants, run_call
-from convmerge.fold import Place, geometry_of, numbers_of, place_of
+from convmerge.borders.classes import Bordered
+from convmerge.evidence.capture import Evidence
+from convmerge.evidence.constants import Constants, run_call
 from convmerge.plan import Site
+from convmerge.plan.bordered import border_canvases
 from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
-from convmerge.regions import Block, Element, Leaf, Share, Via, calls_of, leaves
+from convmerge.regions.elements import Block, Element, Leaf, Share, Via, calls_of, leaves
+from convmerge.regions.fold import Place, geometry_of, numbers_of, place_of
 
 # Operators that export writes the example's sizes into.
 RESHAPES = frozenset(

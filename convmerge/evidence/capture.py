@@ -21,10 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node, map_arg
 from torch.utils import _pytree as pytree
 
-from convmerge.copying import deep_copy
 from convmerge.errors import ConvmergeError
+from convmerge.evidence.copying import deep_copy
+from convmerge.evidence.tracing import VisibleData, collector_paused, drop_idle, quiet
 from convmerge.inputs import Inputs
-from convmerge.tracing import VisibleData, collector_paused, drop_idle, quiet
 
 
 @dataclass(frozen=True)

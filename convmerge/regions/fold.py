@@ -20,11 +20,11 @@ from convmerge.algebra import (
     with_fill,
     without_fill,
 )
-from convmerge.borders import join, join_geometry
-from convmerge.capture import Evidence
+from convmerge.borders.leaks import join, join_geometry
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Evidence
 from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
-from convmerge.regions import Block, Element, Leaf, leaves
+from convmerge.regions.elements import Block, Element, Leaf, leaves
 
 
 @dataclass(frozen=True)

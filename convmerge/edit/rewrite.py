@@ -14,11 +14,11 @@ from typing import Any, cast
 from torch import fx, nn
 from torch.fx.node import Node
 
-from convmerge.cuts import Cut, carries_data, cut, home_of
-from convmerge.lower import GraphEdit, Piece, UnitEdit
-from convmerge.regroup import regroup
-from convmerge.retrace import Trace
-from convmerge.sequential import as_sequential
+from convmerge.edit.cuts import Cut, carries_data, cut, home_of
+from convmerge.edit.edits import GraphEdit, Piece, UnitEdit
+from convmerge.edit.regroup import regroup
+from convmerge.edit.retrace import Trace
+from convmerge.edit.sequential import as_sequential
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
+from convmerge.edit.edits import Regroup
+from convmerge.edit.retrace import Trace
 from convmerge.errors import Refusal
-from convmerge.lower import Regroup
-from convmerge.retrace import Trace
 
 # Additions of two operands → the same out of place, and the sign of the second operand.
 _BINARY: dict[Any, tuple[Any, float]] = {

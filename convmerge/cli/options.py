@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
-from convmerge.terminal import Terminal
+from convmerge.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from torch import nn

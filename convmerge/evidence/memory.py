@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Evidence, nodes_of
-from convmerge.constants import memory_root
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Evidence, nodes_of
+from convmerge.evidence.constants import memory_root
 
 # Views of a tensor that work at any strides.
 _VIEWS = frozenset(["transpose", "permute", "unsqueeze", "select", "slice", "detach", "alias", "expand", "t"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from convmerge.capture import Call, Evidence, is_tensor, nodes_of
+from convmerge.evidence.capture import Call, Evidence, is_tensor, nodes_of
 
 
 class Constants:

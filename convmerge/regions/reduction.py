@@ -8,11 +8,22 @@ from dataclasses import replace
 
 from torch.fx.node import Node
 
-from convmerge.capture import Call, Evidence, live_calls, nodes_of
 from convmerge.errors import Refusal
+from convmerge.evidence.capture import Call, Evidence, live_calls, nodes_of
 from convmerge.recognise import BorderFill, Concat, Context, Filter, Scalar, Step, Sum, recognise
 from convmerge.recognise.border import overwritten_pads, with_beginnings
-from convmerge.regions import CHECKS, Block, Chain, Edge, Element, Join, Leaf, Regions, Term, stale_readers
+from convmerge.regions.elements import (
+    CHECKS,
+    Block,
+    Chain,
+    Edge,
+    Element,
+    Join,
+    Leaf,
+    Regions,
+    Term,
+    stale_readers,
+)
 
 
 def find_regions(context: Context) -> Regions:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import Node
 
+from convmerge.edit.edits import GraphEdit, Piece, Regroup
+from convmerge.edit.regroup import check_regroup, terms_of
+from convmerge.edit.retrace import Trace
 from convmerge.errors import Refusal
-from convmerge.lower import GraphEdit, Piece, Regroup
-from convmerge.regroup import check_regroup, terms_of
-from convmerge.retrace import Trace
 
 
 @dataclass(frozen=True, eq=False)

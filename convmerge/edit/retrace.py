@@ -19,10 +19,10 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import Node, map_arg
 
-from convmerge.capture import Evidence, Frame, Signature, live_calls, plain_defaults
-from convmerge.constants import Constants, memory_root, view_of
 from convmerge.errors import Refusal
-from convmerge.tracing import VisibleData, drop_idle, quiet, unmarked
+from convmerge.evidence.capture import Evidence, Frame, Signature, live_calls, plain_defaults
+from convmerge.evidence.constants import Constants, memory_root, view_of
+from convmerge.evidence.tracing import VisibleData, drop_idle, quiet, unmarked
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,12 @@ import torch
 
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra.axis import words
-from convmerge.borderclasses import Bordered, bordered, composition
-from convmerge.cost import Cost, CostModel
+from convmerge.borders.classes import Bordered, bordered, composition
+from convmerge.cost.model import Cost, CostModel
 from convmerge.errors import Refusal
-from convmerge.fold import Place, after, geometry_of, numbers_of
 from convmerge.recognise import Same
-from convmerge.regions import Element, Leaf
+from convmerge.regions.elements import Element, Leaf
+from convmerge.regions.fold import Place, after, geometry_of, numbers_of
 
 MARGIN = 1.25  # predicted time as it is over that of border classes, whose many small calls vary more
 ROOM = 2  # the example must have this many times the smallest size, so that somewhat smaller ones run too

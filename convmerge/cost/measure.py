@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from convmerge.affine import Affine, Geometry
-from convmerge.borderclasses import Bordered
-from convmerge.cost import Cost, Roofline
+from convmerge.borders.classes import Bordered
+from convmerge.cost.model import Cost, Roofline
+from convmerge.cost.timing import Run, Stopwatch, Timer
 from convmerge.emit import Emission, Kind, Layer, empty_layer
 from convmerge.emit.bordered import build_bordered
-from convmerge.timing import Run, Stopwatch, Timer
 
 NEAR = 2.0  # ways predicted to take this many times as long as the best one are not timed
 HOPELESS = 4.0  # nor are those with this many times the time or MACs of what they would replace

@@ -8,138 +8,19 @@ code (that module is traced by torch.fx, and its trace must agree with the evide
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from torch import nn
 from torch.fx.node import Node
 
-from convmerge.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
-from convmerge.constants import Constants, memory_root
+from convmerge.edit.edits import Edit, GraphEdit, Piece, Regroup, Run, UnitEdit
+from convmerge.edit.frames import Frames, innermost_common
 from convmerge.errors import Refusal
-from convmerge.memory import check_sums, check_views
+from convmerge.evidence.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
+from convmerge.evidence.constants import memory_root
+from convmerge.evidence.memory import check_sums, check_views
 from convmerge.recognise import Same
-from convmerge.regions import CHECKS, Block, Edge, Element, Fork, Leaf, Via, calls_of, leaves
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """Elements in a row that are replaced together, by a new layer or by nothing."""
-
-    elements: tuple[Element, ...]
-
-    @property
-    def source(self) -> Node:
-        """The value that goes in."""
-        return self.elements[0].source
-
-    @property
-    def target(self) -> Node:
-        """The value that comes out."""
-        return self.elements[-1].target
-
-
-@dataclass(frozen=True)
-class UnitEdit:
-    """``survivor`` becomes the merged layer, the modules in ``emptied`` become identities."""
-
-    survivor: str
-    emptied: tuple[str, ...]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Every module path that changes."""
-        return (self.survivor, *self.emptied)
-
-
-@dataclass(frozen=True)
-class Regroup:
-    """Terms of a larger sum that give way to one of them.
-
-    Attributes:
-        sums: positions of the calls that add up.
-        dropped: the terms that vanish, by the position of the call that adds one and which operand it is.
-        kept: position of the call whose value stays in the sum.
-    """
-
-    sums: tuple[int, ...]
-    dropped: frozenset[tuple[int, int]]
-    kept: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a layer's output: the value of the call at ``position``, ``size`` channels on ``axis``."""
-
-    position: int
-    size: int
-    axis: int
-
-
-@dataclass(frozen=True)
-class GraphEdit:
-    """Calls inside the code of the module at ``owner``, by their position among all calls made in it.
-
-    Attributes:
-        home: positions of the calls that the merged layer replaces.
-        emptied: positions of the calls that vanish, one tuple for each run.
-        opened: paths of submodules whose own code is edited too.
-        regroup: for a part of a larger sum, what becomes of that.
-        pieces: for siblings, the values that are parts of the merged layer's output, in its order.
-        operand: where the merged layer replaces no calls but stands in front of an operand: the position of
-            the call that concatenates, and which operand it is.
-        added: position of a call that concatenates and is to add up.
-    """
-
-    owner: str
-    home: tuple[int, ...]
-    emptied: tuple[tuple[int, ...], ...]
-    opened: frozenset[str] = field(default_factory=frozenset)
-    regroup: Regroup | None = None
-    pieces: tuple[Piece, ...] = ()
-    operand: tuple[int, int] | None = None
-    added: int | None = None
-
-
-Edit = UnitEdit | GraphEdit
-
-
-class Frames:
-    """Which calls ran in which module call."""
-
-    def __init__(self, evidence: Evidence, constants: Constants) -> None:
-        self.evidence = evidence
-        self.constants = constants
-        self.calls: dict[Frame, list[Node]] = {}
-        self.data: dict[Frame, set[Node]] = {}
-        self.by_path: dict[str, list[Frame]] = {}
-        for node, call in evidence.calls.items():
-            for frame in call.stack:
-                if frame not in self.calls:
-                    self.calls[frame] = []
-                    self.data[frame] = set()
-                    self.by_path.setdefault(frame.path, []).append(frame)
-                self.calls[frame].append(node)
-                if node not in constants and call.op not in CHECKS:
-                    self.data[frame].add(node)
-
-    def call(self, node: Node) -> Call:
-        """The call of a node."""
-        return self.evidence.calls[node]
-
-    def around(self, frame: Frame) -> tuple[Frame, ...]:
-        """The module calls that a module call was made in, outermost first."""
-        stack = self.call(self.calls[frame][0]).stack
-        return stack[: stack.index(frame)]
-
-    def unit_of(self, node: Node) -> Frame:
-        """The module call whose code made a call; a wider one if all it adds is computing weights."""
-        *outer, unit = self.call(node).stack
-        for frame in reversed(outer):
-            if self.data[frame] != self.data[unit]:
-                break
-            if len(self.calls[frame]) > len(self.calls[unit]):
-                unit = frame
-        return unit
+from convmerge.regions.elements import Block, Edge, Fork, Leaf, Via, calls_of, leaves
 
 
 def lower(
@@ -336,17 +217,6 @@ def check_hooks(module: nn.Module, path: str) -> None:
     for hook in hooks:
         if not WEIGHT_HOOKS & {cls.__name__ for cls in type(hook).__mro__}:
             raise Refusal(f"{path or 'the model'} has a hook, which would be lost")
-
-
-def innermost_common(frames: Frames, nodes: Iterable[Node]) -> Frame:
-    """The innermost module call in which all calls were made."""
-    stacks = [frames.call(node).stack for node in nodes]
-    common = ROOT
-    for level in zip(*stacks, strict=False):
-        if any(frame != level[0] for frame in level):
-            break
-        common = level[0]
-    return common
 
 
 def _as_graph(frames: Frames, owner: Frame, home: Run, emptied: Sequence[Run], model: nn.Module) -> GraphEdit:

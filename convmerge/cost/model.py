@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 import torch
 
 from convmerge.affine import Geometry
-from convmerge.borderclasses import Bordered
+from convmerge.borders.classes import Bordered
+from convmerge.cost.roofline import JOINT, Load, activations, bytes_of, layer_load
 from convmerge.emit import Emission, Kind, Layer, emissions
-from convmerge.roofline import JOINT, Load, activations, bytes_of, layer_load
 
 Objective = Literal["latency", "macs", "params"]
 
@@ -73,7 +73,7 @@ class CostModel(Protocol):
 
 
 class Roofline:
-    """Costs as predicted by :mod:`convmerge.roofline`."""
+    """Costs as predicted by :mod:`convmerge.cost.roofline`."""
 
     def operator(
         self,

@@ -28,12 +28,12 @@ from convmerge.algebra.components import (
     restrict,
     restrict_geometry,
 )
-from convmerge.capture import Evidence
-from convmerge.constants import Constants
 from convmerge.errors import Refusal
-from convmerge.fold import Place, after, fold_geometry, fold_numbers, geometry_of
+from convmerge.evidence.capture import Evidence
+from convmerge.evidence.constants import Constants
 from convmerge.recognise import BorderFill, Filter, Passage, Same
-from convmerge.regions import Element, Leaf, blocks, leaves
+from convmerge.regions.elements import Element, Leaf, blocks, leaves
+from convmerge.regions.fold import Place, after, fold_geometry, fold_numbers, geometry_of
 
 MOST_PARTS = 512  # more are taken together, a few neighbours at a time
 

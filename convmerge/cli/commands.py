@@ -1,7 +1,6 @@
-"""The command line: parse, call the Python API, print, exit.
+"""The commands: parse, call the Python API, print, exit code.
 
-Exit codes: 0 clean, 1 a negative finding, 2 no verdict, 130 interrupted. torch and rich are imported inside
-the commands, so that ``--help`` answers at once.
+torch and rich are imported inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -9,18 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convmerge import __version__
+from convmerge.cli.clock import Clock
+from convmerge.cli.options import Choice, Head, Printing, Source, spread, typed
 from convmerge.errors import ConvmergeError, LoadError
-from convmerge.options import Choice, Head, Printing, Source, spread, typed
-from convmerge.terminal import Terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,13 +27,9 @@ if TYPE_CHECKING:
     from convmerge.io import ModelFile
     from convmerge.render import View
     from convmerge.report import Report
-    from convmerge.terminal import Progress
 
-CLEAN, FINDING, NO_VERDICT, INTERRUPTED = 0, 1, 2, 130
-_REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
-
-# Typer carries its own copy of click in some versions; this is ClickException in all of them.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+CLEAN, FINDING = 0, 1
+REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
 
 _SAVED = "A model saved by torch.save."
 _Model = Annotated[Path, typer.Argument(metavar="MODEL", help=_SAVED)]
@@ -48,48 +41,6 @@ app = typer.Typer(
     help="Make a saved PyTorch model smaller and faster without changing the function it computes.",
     epilog="Exit codes: 0 clean; 1 merges are left, verification failed or models differ; 2 no verdict.",
 )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; every error becomes a line on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    terminal = Terminal(verbose=bool({"-v", "--verbose"} & {*words}), as_json="--json" in words)
-    command = typer.main.get_command(app)
-    try:
-        if not words:
-            with contextlib.redirect_stdout(sys.stderr):
-                command.main(["--help"], prog_name="convmerge", standalone_mode=False)
-            return NO_VERDICT
-        code = command.main(words, prog_name="convmerge", standalone_mode=False)
-        return code if isinstance(code, int) else CLEAN
-    except ConvmergeError as error:
-        terminal.fail(error.message, error.hint)
-        return FINDING if isinstance(error, NotSameError) else NO_VERDICT
-    except _UsageError as error:
-        terminal.fail(*_usage(error))
-    except typer.Abort as abort:
-        if not isinstance(abort.__cause__, EOFError):  # what Typer takes for the end of a prompt
-            return INTERRUPTED
-        terminal.fail("internal error: unexpected end of file", _REPORT_IT)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        terminal.fail(f"{error.strerror or error}{place}")
-    except MemoryError:
-        terminal.fail("out of memory", "give a smaller --input")
-    except SystemExit:
-        terminal.fail("the model's own code ended the program")
-    except Exception as error:
-        terminal.fail(f"internal error: {type(error).__name__}: {error}", _REPORT_IT)
-    return NO_VERDICT
-
-
-def _usage(error: Exception) -> tuple[str, str]:
-    message: str = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "convmerge"
-    return message[:1].lower() + message[1:], f"see {command} --help"
 
 
 def _version(asked: bool) -> None:
@@ -204,26 +155,13 @@ def verify_command(
     from convmerge import api, render
     from convmerge.report import Report
 
-    with printing.terminal().working() as progress:
-        clock = Clock()
-        with clock.stage("load", progress):
-            first, inputs = _open(a, source)
-            second = source.open(b)
-        with clock.stage("compare", progress):
-            bound = source.bound()
-            verdict = api.verify(first.module, second.module, inputs, seed=source.seed, bind=bound)
-    report = Report(
-        "verify",
-        f"{a}, {b}",
-        inputs=inputs.describe(),
-        inputs_inferred=inputs.inferred,
-        warnings=(*first.notes, *second.notes),
-        verification=verdict,
-        seconds=clock.stages,
-        file_bytes=_sizes(before=a, after=b),
-    )
+    def compare(first: nn.Module, second: nn.Module, inputs: Inputs) -> Report:
+        verdict = api.verify(first, second, inputs, seed=source.seed, bind=source.bound())
+        return Report("verify", f"{a}, {b}", verification=verdict)
+
+    report = _of_two("compare", a, b, source, printing, compare)
     _print(printing, report, lambda view: render.verify_parts(report, view))
-    return CLEAN if verdict.equal else FINDING
+    return CLEAN if report.verification and report.verification.equal else FINDING
 
 
 @app.command("bench")
@@ -243,58 +181,21 @@ def bench_command(
     from convmerge import api, render
     from convmerge.report import Report
 
-    with printing.terminal().working() as progress:
-        clock = Clock()
-        with clock.stage("load", progress):
-            first, inputs = _open(a, source)
-            second = source.open(b)
-        with clock.stage("run", progress):
-            bound = source.bound()
-            found = api.bench(first.module, second.module, inputs, bind=bound, pairs=pairs, threads=threads)
-    report = Report(
-        "bench",
-        f"A {a}, B {b}",
-        inputs=inputs.describe(),
-        inputs_inferred=inputs.inferred,
-        warnings=(*first.notes, *second.notes),
-        before=found.counts[0],
-        after=found.counts[1],
-        speedup=found.speedup,
-        peak_bytes=dict(zip(("before", "after"), found.peak_bytes, strict=True)),
-        seconds=clock.stages,
-        file_bytes=_sizes(before=a, after=b),
-    )
+    def measure(first: nn.Module, second: nn.Module, inputs: Inputs) -> Report:
+        found = api.bench(first, second, inputs, bind=source.bound(), pairs=pairs, threads=threads)
+        before, after = found.counts
+        peaks = dict(zip(("before", "after"), found.peak_bytes, strict=True))
+        return Report(
+            "bench", f"A {a}, B {b}", before=before, after=after, speedup=found.speedup, peak_bytes=peaks
+        )
+
+    report = _of_two("run", a, b, source, printing, measure)
     _print(printing, report, lambda view: render.bench_parts(report, view))
     return CLEAN
 
 
 class NotSameError(ConvmergeError):
     """What was read back from the written file is not what was fused: a negative finding."""
-
-
-class Clock:
-    """Time since it was made, and by stage."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.stages: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str, progress: Progress) -> Iterator[None]:
-        """Time what is done inside."""
-        progress(name, 0, 0)
-        start = time.perf_counter()
-        yield
-        self.stages[name] = time.perf_counter() - start
-
-    def around(self, between: dict[str, float]) -> dict[str, float]:
-        """The stages with those ``between`` the first and the second, in order."""
-        first = dict(list(self.stages.items())[:1])
-        return first | between | self.stages
-
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.start
 
 
 def _open(path: Path, source: Source) -> tuple[ModelFile, Inputs]:
@@ -324,6 +225,32 @@ def _planned(
     )
 
 
+def _of_two(
+    stage: str,
+    a: Path,
+    b: Path,
+    source: Source,
+    printing: Printing,
+    found: Callable[[nn.Module, nn.Module, Inputs], Report],
+) -> Report:
+    """What is ``found`` of two model files on the same inputs, with what the files and inputs were."""
+    with printing.terminal().working() as progress:
+        clock = Clock()
+        with clock.stage("load", progress):
+            first, inputs = _open(a, source)
+            second = source.open(b)
+        with clock.stage(stage, progress):
+            report = found(first.module, second.module, inputs)
+    return dataclasses.replace(
+        report,
+        inputs=inputs.describe(),
+        inputs_inferred=inputs.inferred,
+        warnings=(*first.notes, *second.notes),
+        seconds=clock.stages,
+        file_bytes=_sizes(before=a, after=b),
+    )
+
+
 def _same_as(model: nn.Module, inputs: Inputs) -> Callable[[nn.Module], None]:
     """A check that a model read back from its file still is ``model``. It raises NotSameError."""
 
@@ -332,7 +259,7 @@ def _same_as(model: nn.Module, inputs: Inputs) -> Callable[[nn.Module], None]:
 
         verdict = compare(model, reloaded, inputs, more=False)
         if not verdict.equal:
-            raise NotSameError(f"the written file is not the fused model: {verdict.reason}", _REPORT_IT)
+            raise NotSameError(f"the written file is not the fused model: {verdict.reason}", REPORT_IT)
 
     return check
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 from torch.fx.node import Node
 
-from convmerge.capture import Call, Evidence, is_tensor, nodes_of
-from convmerge.constants import Constants, memory_root
+from convmerge.evidence.capture import Call, Evidence, is_tensor, nodes_of
+from convmerge.evidence.constants import Constants, memory_root
 from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
 
 

@@ -7,9 +7,9 @@ import itertools
 
 from torch import fx, nn
 
-from convmerge.capture import Signature, plain_defaults
-from convmerge.lower import Edit, GraphEdit
-from convmerge.tracing import quiet, unmarked
+from convmerge.edit.edits import Edit, GraphEdit
+from convmerge.evidence.capture import Signature, plain_defaults
+from convmerge.evidence.tracing import quiet, unmarked
 
 
 class _SequentialsOpen(fx.Tracer):

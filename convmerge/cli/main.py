@@ -1,0 +1,63 @@
+"""The entry point: run a command, turn every error into a line on stderr and an exit code.
+
+Exit codes: 0 clean, 1 a negative finding, 2 no verdict, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from convmerge.cli.commands import CLEAN, FINDING, REPORT_IT, NotSameError, app
+from convmerge.cli.terminal import Terminal
+from convmerge.errors import ConvmergeError
+
+NO_VERDICT, INTERRUPTED = 2, 130
+
+# Typer carries its own copy of click in some versions; this is ClickException in all of them.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; every error becomes a line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    terminal = Terminal(verbose=bool({"-v", "--verbose"} & {*words}), as_json="--json" in words)
+    command = typer.main.get_command(app)
+    try:
+        if not words:
+            with contextlib.redirect_stdout(sys.stderr):
+                command.main(["--help"], prog_name="convmerge", standalone_mode=False)
+            return NO_VERDICT
+        code = command.main(words, prog_name="convmerge", standalone_mode=False)
+        return code if isinstance(code, int) else CLEAN
+    except ConvmergeError as error:
+        terminal.fail(error.message, error.hint)
+        return FINDING if isinstance(error, NotSameError) else NO_VERDICT
+    except _UsageError as error:
+        terminal.fail(*_usage(error))
+    except typer.Abort as abort:
+        if not isinstance(abort.__cause__, EOFError):  # what Typer takes for the end of a prompt
+            return INTERRUPTED
+        terminal.fail("internal error: unexpected end of file", REPORT_IT)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        terminal.fail(f"{error.strerror or error}{place}")
+    except MemoryError:
+        terminal.fail("out of memory", "give a smaller --input")
+    except SystemExit:
+        terminal.fail("the model's own code ended the program")
+    except Exception as error:
+        terminal.fail(f"internal error: {type(error).__name__}: {error}", REPORT_IT)
+    return NO_VERDICT
+
+
+def _usage(error: Exception) -> tuple[str, str]:
+    message: str = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "convmerge"
+    return message[:1].lower() + message[1:], f"see {command} --help"

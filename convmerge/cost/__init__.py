@@ -1,0 +1,1 @@
+"""What operators and layers cost: predicted by a roofline, or measured on this machine."""
