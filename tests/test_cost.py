@@ -10,6 +10,7 @@ from convmerge.algebra import compose
 from convmerge.algebra.axis import POINT, Axis, from_axes
 from convmerge.borders.leaks import join_geometry
 from convmerge.cost.model import ZERO, Cost, cheapest, emission_cost, layer_cost, operator_cost
+from convmerge.cost.roofline import FAULTS, MAPPED, layer_load
 from convmerge.emit import Layer, build, emissions, swapped
 
 SAME = Axis(3, 1, 1, 1, 1, 1)
@@ -132,3 +133,17 @@ def test_a_mix_after_the_pool_is_the_same_form(kernel: int, stride: int) -> None
     way = swapped(outer.geometry, inner.geometry, "avg_pool")
     layers = build(compose(outer, inner), way, torch.float64)
     assert torch.allclose(layers(x), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_buffer_that_malloc_maps_costs_its_page_faults() -> None:
+    numbers = MAPPED // 4
+    below, above = (operator_cost("add", n).latency for n in (numbers, numbers + 1))
+    assert above - below == pytest.approx(MAPPED / FAULTS, rel=1e-3)
+    views = [operator_cost("narrow", n).latency for n in (numbers, numbers + 1)]
+    assert views[0] == views[1]
+
+
+def test_kernels_with_maps_in_blocks_have_buffers_of_their_own() -> None:
+    g = conv(16, 16)
+    assert layer_load(Layer("conv", g), (724, 724)).fresh == 0
+    assert layer_load(Layer("conv", g), (725, 725)).fresh == 3 * 4 * 16 * 725**2

@@ -11,7 +11,7 @@ import torch
 
 from convmerge.affine import Geometry
 from convmerge.borders.classes import Bordered
-from convmerge.cost.roofline import JOINT, Load, activations, bytes_of, layer_load
+from convmerge.cost.roofline import JOINT, Load, activations, bytes_of, layer_load, map_load
 from convmerge.emit import Emission, Kind, Layer, emissions
 
 Objective = Literal["latency", "macs", "params"]
@@ -204,7 +204,8 @@ def operator_cost(
     """
     kind = _KINDS.get(name, "elementwise")
     if geometry is None:
-        return Cost(Load(kind, 0, 2 * elements * bytes_of(dtype)).latency, 0, 0)
+        moved = elements * bytes_of(dtype)
+        return Cost(map_load(kind, moved, moved).latency, 0, 0)
     if name in _LAYERS:
         return layer_cost(Layer(_LAYERS[name], geometry), size, batch=batch, dtype=dtype)
     if name in _PRODUCTS and not geometry.spatial:
@@ -213,7 +214,7 @@ def operator_cost(
         product = min(ways, key=Cost.key)
         around = _PRODUCTS[name] * Load("view", 0, 0).latency
         return replace(product, latency=product.latency + around)
-    moved = batch * activations(geometry, size) * bytes_of(dtype)
     taps = batch * geometry.macs(size) if kind == "pool" else 0
     weights = geometry.weights if kind in ("batch norm", "elementwise") else 0
-    return Cost(Load(kind, taps, moved).latency, 0, weights)
+    into, out = (batch * n * bytes_of(dtype) for n in activations(geometry, size))
+    return Cost(map_load(kind, into, out, taps).latency, 0, weights)

@@ -6,15 +6,16 @@ weights::
     latency = overhead + max(compute, traffic) + min(compute, traffic) / 2
 
 that is, half of the shorter one hides behind the longer one. (The roofline of S. Williams, A. Waterman and
-D. Patterson, CACM 52(4), 2009, hides all of it; measured layers lie between.) The figures say which of two
-ways is cheaper, not how long a model takes.
+D. Patterson, CACM 52(4), 2009, hides all of it; measured layers lie between.) Maps that do not fit into the
+caches have the bandwidth of main memory, and every large buffer that a call allocates costs its page faults
+on top. The figures say which of two ways is cheaper, not how long a model takes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,15 +34,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Load:
-    """What a layer asks of the machine: the kind of its rate, MACs, bytes moved.
+    """What a layer asks of the machine: the kind of its rate, MACs, bytes moved, bytes in large new buffers.
 
-    Both in terms of what the kernel does: channels that fill up a block, and weights that are laid out anew
-    for the call, count as well.
+    All in terms of what the kernel does: channels that fill up a block, and weights or maps that are laid out
+    anew for the call, count as well.
     """
 
     kind: str
     work: float
     moved: float
+    fresh: float = 0
 
     @property
     def latency(self) -> float:
@@ -51,8 +53,9 @@ class Load:
 
 def latency(rate: Rate, load: Load) -> float:
     """The roofline described above, in seconds."""
-    compute, traffic = load.work / rate.peak, load.moved / rate.bandwidth
-    return rate.overhead + max(compute, traffic) + min(compute, traffic) / 2
+    bandwidth = rate.bandwidth if load.moved <= CACHED else min(rate.bandwidth, MEMORY)
+    compute, traffic = load.work / rate.peak, load.moved / bandwidth
+    return rate.overhead + max(compute, traffic) + min(compute, traffic) / 2 + load.fresh / FAULTS
 
 
 # Fitted by tests/benchmarks/calibrate.py to the best of many short runs, of all cases in turn: eager mode,
@@ -97,6 +100,13 @@ NATIVE_WEIGHTS = 3
 # first weights are faster still, and maps slower.
 BATCHED_WEIGHTS, ROWS_WEIGHTS = 0.6, 0.3
 ROWS_MAPS = 1.25
+# Maps of more bytes than these, read and written, come from main memory; its bytes per second.
+CACHED, MEMORY = 24e6, 45e9
+# glibc's malloc takes blocks above DEFAULT_MMAP_THRESHOLD_MAX from the system in every call, and returns them
+# after it: each page is zeroed at the first touch. Bytes, and bytes per second. Measured with relu and
+# pixel_shuffle on 31 to 256 MiB; kernels that lay out their maps in blocks have a buffer for each one more.
+MAPPED, FAULTS = 2**25, 3.8e9
+BLOCKED = frozenset({"blocked", "pointwise", "grouped", "depthwise", "transposed", "transposed depthwise"})
 JOINT = 4e-6  # seconds for every border class: its slice, its call, its place in the concatenation
 
 
@@ -104,8 +114,28 @@ def layer_load(
     layer: Layer, size: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.float32
 ) -> Load:
     """What one layer asks of the machine on ``batch`` maps of spatial size ``size``."""
+    load = _kernel_load(layer, size, batch, dtype)
+    if load.kind == "view":
+        return load
     g = layer.geometry
-    maps = batch * activations(g, size) * bytes_of(dtype)
+    into, out = (batch * n * bytes_of(dtype) for n in activations(g, size))
+    copies = (into if g.in_channels > FEW else 0, out) if load.kind in BLOCKED else ()
+    return replace(load, fresh=fresh(out, *copies))
+
+
+def map_load(kind: str, into: float, out: float, work: float = 0) -> Load:
+    """What an operator asks that reads ``into`` bytes and makes a map of ``out`` bytes, or a view of them."""
+    return Load(kind, 0, 0) if kind == "view" else Load(kind, work, into + out, fresh(out))
+
+
+def fresh(*buffers: float) -> float:
+    """The bytes of those buffers of a call that malloc takes from the system."""
+    return sum(size for size in buffers if size > MAPPED)
+
+
+def _kernel_load(layer: Layer, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
+    g = layer.geometry
+    maps = batch * sum(activations(g, size)) * bytes_of(dtype)
     weights = g.weights * bytes_of(dtype)
     work = float(batch * g.macs(size))
     if layer.kind == "conv":
@@ -144,13 +174,13 @@ def bytes_of(dtype: torch.dtype) -> int:
     return min(4, dtype.itemsize)
 
 
-def activations(g: Geometry, size: Sequence[int]) -> int:
-    """Numbers read and written for one sample."""
-    return g.in_channels * math.prod(size) + g.out_channels * math.prod(g.out_size(size))
+def activations(g: Geometry, size: Sequence[int]) -> tuple[int, int]:
+    """Numbers read, and numbers written, for one sample."""
+    return g.in_channels * math.prod(size), g.out_channels * math.prod(g.out_size(size))
 
 
 def _convolution(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
-    maps = batch * activations(g, size)
+    maps = batch * sum(activations(g, size))
     work = float(batch * g.macs(size))
     taps = math.prod(g.kernel)
     if is_native(g, size, batch, dtype):
@@ -173,7 +203,7 @@ def _batched(g: Geometry, batch: int, dtype: torch.dtype, maps: float, weights: 
     """A product for every block; ``maps`` and ``weights``: how many times they count as moved."""
     into, out = g.in_channels // g.groups, g.out_channels // g.groups
     work = batch * g.macs(()) * _blocks(into, 4) * (_blocks(out, BLOCK) if batch > 1 else 1)
-    moved = maps * batch * activations(g, ()) + weights * g.weights
+    moved = maps * batch * sum(activations(g, ())) + weights * g.weights
     return Load("batched", work, moved * bytes_of(dtype))
 
 
@@ -186,7 +216,7 @@ def _native(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) ->
     # A product with a single column, a matrix by a vector, takes the weights as they are.
     weights = (NATIVE_WEIGHTS if positions > 1 else 1) * g.weights
     if taps == 1:
-        return Load("native pointwise", work, (batch * activations(g, size) + weights) * bytes_of(dtype))
+        return Load("native pointwise", work, (batch * sum(activations(g, size)) + weights) * bytes_of(dtype))
     columns = g.in_channels * taps * (positions + ROW * positions // out[-1])
     return Load("native", work, (columns + g.out_channels * positions + weights) * bytes_of(dtype))
 

@@ -1,4 +1,4 @@
-"""Measure the kinds of layers that convmerge/roofline.py tells apart, beside what it predicts.
+"""Measure the kinds of layers that convmerge/cost/roofline.py tells apart, beside what it predicts.
 
     python tests/benchmarks/calibrate.py [KIND ...] [--rounds 20] [--threads 2] [--verbose] [--quick]
 
@@ -20,7 +20,7 @@ from table import parsed, parser
 from convmerge.affine import Geometry
 from convmerge.algebra.axis import Axis, from_axes
 from convmerge.cost.measure import Operator, Subject, runnable
-from convmerge.cost.roofline import RATES, Load, activations, latency, layer_load
+from convmerge.cost.roofline import RATES, Load, activations, latency, layer_load, map_load
 from convmerge.cost.timing import Run, Stopwatch
 from convmerge.emit import Kind, Layer
 
@@ -111,10 +111,23 @@ def others() -> Iterator[Case]:
 def over_map(name: str, kind: str, size: int) -> Case:
     g = from_axes(64, 64, 64, [Axis(1, 1, 1, 1, 0, 0)] * 2)
     run = runnable(Subject(Operator(name, 64), (size, size), 1, torch.float32))
-    return Case(f"{name} 64 at {size}×{size}", Load(kind, 0, 4 * activations(g, (size, size))), run)
+    return Case(
+        f"{name} 64 at {size}×{size}", map_load(kind, *(4 * n for n in activations(g, (size, size)))), run
+    )
 
 
-SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (dense, grouped, others)
+def large() -> Iterator[Case]:
+    """Maps that malloc takes from the system in every call."""
+    for kernel in (1, 3):
+        yield square("conv", (64, 64), same(kernel), 384)
+    yield square("conv", (64, 64), same(3), 384, 64)
+    yield square("shuffle", (64, 16), Axis(2, 2, 1, 1, 1, 1), 384)
+    yield square("pad", (64, 64), Axis(1, 1, 1, 1, 1, 1), 384)
+    yield over_map("batch_norm", "batch norm", 384)
+    yield over_map("scale", "elementwise", 384)
+
+
+SOURCES: tuple[Callable[[], Iterator[Case]], ...] = (dense, grouped, others, large)
 
 
 def main() -> None:
