@@ -122,6 +122,8 @@ class Pipeline:
     def _adopt(self, name: str, prepared: Prepared) -> None:
         changed = any(site.action == "merge" for site in prepared.sites)
         reference = prepared.reference or self.reference
+        first = self._next_step()
+        sites = [replace(site, step=first + site.step) for site in prepared.sites]
         verdict = (
             compare(reference, prepared.model, prepared.inputs, seed=self.options.seed) if changed else None
         )
@@ -129,13 +131,16 @@ class Pipeline:
             if prepared.required:
                 raise ConvmergeError(f"{name} failed its check: {verdict.reason}", "nothing was changed")
             self.warnings.append(f"{name} was left out: {verdict.reason}")
-            self.sites += [replace(s, action="refuse", reason=GUILTY) for s in prepared.sites]
+            self.sites += [replace(site, action="refuse", reason=GUILTY) for site in sites]
             return
-        self.sites += prepared.sites
+        self.sites += sites
         self.evidence = prepared.evidence if verdict is not None else prepared.evidence or self.evidence
         if verdict is not None:
             self.model, self.inputs, self.reference = prepared.model, prepared.inputs, reference
             self.verification = verdict
+
+    def _next_step(self) -> int:
+        return max((site.step + 1 for site in self.sites), default=0)
 
     def decide(self) -> tuple[Decider, Decisions]:
         """Capture what the passes left, and plan."""
@@ -167,7 +172,8 @@ class Pipeline:
         return Measured(memory_format=memory_format, progress=self.progress)
 
     def report(self, decider: Decider, decisions: Decisions, built: Sequence[Built], **more: Any) -> Report:
-        sites = (*self.sites, *describe_sites(decider, decisions, built))
+        last = (replace(s, step=self._next_step()) for s in describe_sites(decider, decisions, built))
+        sites = (*self.sites, *last)
         return Report(
             command=self.command,
             model=type(self.model).__name__,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 SCHEMA = 1
@@ -30,6 +32,8 @@ class SiteReport:
         tree: one line per branch, indented, for sums of branches; empty otherwise.
         error, bound: float64 difference of this merge from the original, and the rounding bound it must stay
             within; None where nothing was run.
+        modules: paths of the modules that run the operators.
+        step: which rewrite of the model it is part of; what one leaves, a later one may change again.
     """
 
     place: str
@@ -48,6 +52,8 @@ class SiteReport:
     tree: tuple[str, ...] = ()
     error: float | None = None
     bound: float | None = None
+    modules: tuple[str, ...] = ()
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,30 @@ class Saving:
 
 
 def saving_of(sites: Iterable[SiteReport]) -> Saving | None:
-    """The sum over the sites that merge; None where none of them has a latency."""
-    known = [site for site in sites if site.action == "merge" and site.latency_before]
+    """The sum over the sites that merge; None where none of them has a latency.
+
+    What an earlier step leaves of a module and a later one finds there counts once: the total is from the
+    first ``latency_before`` of a module to its last ``latency_after``.
+    """
+    known = sorted(
+        (site for site in sites if site.action == "merge" and site.latency_before), key=lambda s: s.step
+    )
     if not known:
         return None
-    before, after = sum(s.latency_before for s in known), sum(s.latency_after for s in known)
+    left = [site.latency_after for site in known]
+    before, after = sum(s.latency_before for s in known), sum(left)
+    earlier: defaultdict[str, set[int]] = defaultdict(set)  # module → sites of the steps before
+    for _, step in groupby(enumerate(known), key=lambda pair: pair[1].step):
+        sites_of_step = list(step)
+        for _, site in sites_of_step:
+            for other in set().union(*(earlier[module] for module in site.modules)):
+                within = set(known[other].modules) <= set(site.modules)
+                again = left[other] if within else min(left[other], site.latency_before)
+                left[other] -= again
+                before, after = before - again, after - again
+        for index, site in sites_of_step:
+            for module in site.modules:
+                earlier[module].add(index)
     return Saving(before, after, all(s.measured for s in known))
 
 

@@ -57,8 +57,9 @@ def _merge_row(
     decider: Decider, site: Site, built: Built | None, refusal: str | None, static: bool
 ) -> SiteReport:
     found = built.probe if built is not None else None
+    paths = _paths(decider, site.elements)
     return SiteReport(
-        place=_place(decider, site.elements),
+        place=place_name(paths),
         operators=operator_names(site.elements),
         geometry=describe_geometry(site.geometry),
         action="merge" if refusal is None else "refuse",
@@ -67,6 +68,7 @@ def _merge_row(
         tree=_tree(site.elements),
         error=found.error if found is not None else None,
         bound=found.bound if found is not None else None,
+        modules=tuple(paths),
         **figures(decider.planner.as_written(site), site.after),
     )
 
@@ -86,12 +88,13 @@ def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
         reason = f"{reason}: {comparison(denial.before, denial.after)}"
         numbers = figures(denial.before, denial.after)
     return SiteReport(
-        place=_place(decider, denial.elements),
+        place=place_name(_paths(decider, denial.elements)),
         operators=operator_names(denial.elements),
         geometry=_geometry_words(decider, denial.elements),
         action="keep" if keep else "refuse",
         reason=reason,
         tree=_tree(denial.elements),
+        modules=tuple(_paths(decider, denial.elements)),
         **numbers,
     )
 
@@ -132,12 +135,14 @@ def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteRe
     for node, reason in regions.refused.items():
         call = decider.evidence.calls[node]
         if call.op in APPLY or any(n in filters for n in (*node.all_input_nodes, *node.users)):
-            rows.append((call.index, SiteReport(call.path or call.op, (call.op,), "", "refuse", reason)))
+            site = SiteReport(call.leaf, (call.op,), "", "refuse", reason, modules=(call.path,))
+            rows.append((call.index, site))
     return rows
 
 
-def _place(decider: Decider, elements: Sequence[Element]) -> str:
-    return place_name(list(dict.fromkeys(decider.evidence.calls[node].path for node in _calls(elements))))
+def _paths(decider: Decider, elements: Sequence[Element]) -> list[str]:
+    """The modules that run the elements."""
+    return list(dict.fromkeys(decider.evidence.calls[node].path for node in _calls(elements)))
 
 
 def place_name(paths: Sequence[str]) -> str:

@@ -54,13 +54,13 @@ def remove_duplicates(
     Raises ConvmergeError where the model cannot be captured.
     """
     sites: list[SiteReport] = []
-    reduced = model
+    reduced, step = model, 0
     while may_have_copies(reduced):
         smaller, found = _once(reduced, inputs, only, skip)
-        sites += [site for site in found if site.action == "merge" or smaller is None]
+        sites += [replace(s, step=step) for s in found if s.action == "merge" or smaller is None]
         if smaller is None:
             break
-        reduced = smaller  # layers that read fewer channels may have become alike
+        reduced, step = smaller, step + 1  # layers that read fewer channels may have become alike
     saving = saving_of(sites)
     if objective == "latency" and saving and saving.latency_before < MARGIN * saving.latency_after:
         return Prepared(model, inputs, tuple(_kept(site) for site in sites))

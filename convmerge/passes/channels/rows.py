@@ -58,9 +58,15 @@ def _rows_of(
         what = f"{layer}, {_removed(gone_in, gone_out)} {why}"
         if not gone_in and not gone_out:
             what = FOLDED if silent.any() else SCATTERED
-        figures = _figures(alignment, step, before, after)
         yield SiteReport(
-            call.leaf, (operator,), describe_geometry(before), "merge", what, evidence=evidence, **figures
+            call.leaf,
+            (operator,),
+            describe_geometry(before),
+            "merge",
+            what,
+            evidence=evidence,
+            modules=(call.path,),
+            **_figures(alignment, step, before, after),
         )
     for reason, count in live.reasons(outputs[silent]).items():
         words = f"{count} of {len(outputs)} output channels silenced"

@@ -177,7 +177,7 @@ def _row(evidence: Evidence, fold: Fold, refusal: str | None) -> SiteReport:
     layer = fold.layer
     nodes = [layer.node, *calls_of((*fold.before, *fold.after))]
     nodes += [fold.generator.node] if fold.generator is not None else []
-    ordered = sorted(nodes, key=lambda node: evidence.calls[node].index)
+    paths = [call.path for call in sorted((evidence.calls[node] for node in nodes), key=lambda c: c.index)]
     kernel = "×".join(map(str, layer.geometry.kernel))
     own = f"computed {evidence.calls[layer.node].op.rstrip('123d')} {kernel}".strip()
     names = (*operator_names(fold.before), own, *operator_names(fold.after))
@@ -191,11 +191,12 @@ def _row(evidence: Evidence, fold: Fold, refusal: str | None) -> SiteReport:
     if refusal is None:
         reason = f"costs more with its kernel {how}: {comparison(fold.old, fold.new)}"
     return SiteReport(
-        place=place_name([evidence.calls[node].path for node in ordered]),
+        place=place_name(paths),
         operators=names,
         geometry=describe_geometry(fold.geometry),
         action="merge" if refusal == "" else "keep" if refusal is None else "refuse",
         reason=reason,
         evidence="static" if refusal == "" else "",
+        modules=tuple(dict.fromkeys(paths)),
         **figures(fold.old, fold.new),
     )
