@@ -404,7 +404,7 @@ REFUSALS: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...], str]] = [
     (lambda x: x + x[:, :1] * x, MAP, ""),
     (lambda x: x + x.amax(2, keepdim=True), MAP, "different shapes"),
     (lambda x: F.dropout(x, 0.5), MAP, "active at inference too"),
-    (lambda x: x.float() * 2, MAP, "casts to another dtype"),
+    (lambda x: x.int() * 2, MAP, "casts to another dtype"),
     (lambda x: x[:, :, 1 : x.shape[2] - 1] * 2, MAP, "follow from the input's size"),
     (lambda x: x[:, :, -3:] * 2, MAP, "follow from the input's size"),
 ]

@@ -16,6 +16,7 @@ from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence
 from convmerge.plan.blockwise import FREE_MACS, in_order, order_cost, relaid
 from convmerge.plan.bordered import border_option
+from convmerge.plan.dtypes import check_dtypes
 from convmerge.plan.site import Site, at_home, before_join, check_place, is_same, run_geometries, runs_of
 from convmerge.recognise import Filter
 from convmerge.regions.blocks import Patterns, blocks_of, has_structure, moves_channels
@@ -48,6 +49,7 @@ class Maker:
 
     def site(self, elements: Chain, place: Place, before: Cost) -> Site:
         """The elements as one operator, or as independent blocks. Raises Refusal."""
+        check_dtypes(self.evidence, elements)
         whole = self._whole(elements, place, before)
         blocks = self.in_blocks(whole)
         if blocks is None or blocks.blocks is None:
@@ -64,6 +66,7 @@ class Maker:
         found = relaid(self.evidence, elements)
         if found is None:
             return None
+        check_dtypes(self.evidence, elements)
         place, geometry = found
         check_place(geometry, place)
         dtype = self.evidence.dtype(elements[0].source)
@@ -130,6 +133,7 @@ class Maker:
 
     def bordered(self, elements: Chain, place: Place, before: Cost) -> Site | None:
         """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""
+        check_dtypes(self.evidence, elements)
         dtype = self.evidence.dtype(elements[0].source)
         option = border_option(elements, place, before, dtype, self.model)
         if option is None:

@@ -21,6 +21,7 @@ from convmerge.plan.bordered import border_pays
 from convmerge.plan.branches import Inside, joining_cost, plan_inside
 from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
+from convmerge.plan.dtypes import widens
 from convmerge.plan.making import Maker
 from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
 from convmerge.plan.table import Table
@@ -113,6 +114,8 @@ class Planner:
             while end + 1 < len(chain) and is_same(chain[end + 1]):
                 end += 1
             elements = chain[first : end + 1]
+            if widens(self.evidence, elements):
+                continue
             try:
                 site = self.site(elements, before)
             except Refusal:

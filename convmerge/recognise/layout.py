@@ -9,11 +9,11 @@ from torch.fx.node import Node
 
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Call, is_tensor
-from convmerge.recognise.channels import moved_channels
+from convmerge.recognise.channels import data_of, moved_channels
 from convmerge.recognise.filters import _padding
 from convmerge.recognise.products import blockwise
 from convmerge.recognise.stacked import flattened_stack
-from convmerge.recognise.steps import Context, Passage, Same, Step, recognises
+from convmerge.recognise.steps import Context, Passage, Same, Scalar, Step, recognises
 
 LAST = 2**31
 
@@ -41,15 +41,21 @@ def identity(context: Context, call: Call) -> Step | None:
     return None if source is None else Same(source)
 
 
-@recognises("to", "_to_copy", "type_as")
+@recognises("to", "_to_copy", "type_as", "float", "double", "half")
 def cast(context: Context, call: Call) -> Step | None:
-    """A cast to the dtype that the value has already."""
+    """A cast to the dtype that the value has already, or between floating-point dtypes.
+
+    Whether the latter rounds depends on what stands around it: see :mod:`convmerge.plan.dtypes`.
+    """
     source = _source(context, call)
     if source is None or not is_tensor(call.node):
         return None
-    if context.evidence.dtype(source) != context.evidence.dtype(call.node):
+    before, after = context.evidence.dtype(source), context.evidence.dtype(call.node)
+    if before == after:
+        return Same(source)
+    if not (before.is_floating_point and after.is_floating_point) or data_of(context, call.node) is None:
         raise Refusal("casts to another dtype, which rounds")
-    return Same(source)
+    return Scalar(source, 1.0, 0.0, "cast")
 
 
 @recognises(

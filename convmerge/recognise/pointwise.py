@@ -83,13 +83,10 @@ def _with_constant(
 
 
 def _floating(context: Context, call: Call) -> bool:
-    """Whether the call keeps the floating dtype of its tensor arguments."""
-    dtype = context.evidence.dtype(call.node) if is_tensor(call.node) else None
+    """Whether the call's result and its data are floating-point numbers, maybe of several dtypes."""
     tensors = [a for a in call.args.values() if is_tensor(a) and not context.constant(a)]
-    return (
-        dtype is not None
-        and dtype.is_floating_point
-        and all(context.evidence.dtype(a) == dtype for a in tensors)
+    return is_tensor(call.node) and all(
+        context.evidence.dtype(a).is_floating_point for a in (call.node, *tensors)
     )
 
 
