@@ -26,6 +26,7 @@ from convmerge import api
 from convmerge.cli import terminal
 from convmerge.cli.main import main
 from convmerge.inputs import Inputs
+from convmerge.render.document import failure
 from convmerge.report import Report, Verification
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -381,6 +382,58 @@ def test_json_is_one_document(run: Run, chain: Path) -> None:
     assert run("fuse", chain, "-n", *SMALL, "--json", "-q").out != ""
 
 
+def test_every_format_is_one_document(run: Run, chain: Path) -> None:
+    out = chain.with_name("out.pt")
+    for words, code in (
+        (("inspect", chain), 0),
+        (("check", chain), 1),
+        (("fuse", chain, "-o", out), 0),
+        (("verify", chain, out), 0),
+        (("bench", chain, out, "--pairs", 2), 0),
+    ):
+        for quiet in ((), ("-q",)):
+            result = run(*words, *SMALL, "--format", "markdown", *quiet)
+            assert (result.code, result.err) == (code, "")
+            assert result.out.startswith("### `") and str(chain) in result.out
+        page = run(*words, *SMALL, "--format=html").out
+        assert page.startswith("<!DOCTYPE html>") and page.endswith("</html>\n") and page.count("<html") == 1
+    verbose = run("inspect", chain, *SMALL, "--format", "markdown", "-v").out
+    assert "float64 error" in verbose and "time: load " in verbose
+
+
+def test_table_and_json_have_names_as_formats(run: Run, chain: Path) -> None:
+    words = ("inspect", chain, *SMALL)
+    assert run(*words, "--format", "table").out == run(*words).out
+    first, second = (json.loads(run(*words, *f).out) for f in (("--format", "json"), ("--json",)))
+    assert first.keys() == second.keys() and first["sites"] == second["sites"]
+
+
+@pytest.mark.parametrize("format", ["table", "json", "markdown", "html"])
+def test_two_formats_are_an_error(run: Run, chain: Path, format: str) -> None:
+    result = run("inspect", chain, "--json", "--format", format)
+    assert result.code == 2 and json.loads(result.out)["error"].startswith("--json and --format")
+    assert result.err.splitlines()[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(("format", "start"), [("markdown", "### **error**: "), ("html", "<!DOCTYPE html>")])
+def test_errors_are_documents_too(run: Run, tmp_path: Path, format: str, start: str) -> None:
+    for words in (("inspect", FIXTURES / "repvgg.pt"), ("inspect",), ("inspect", tmp_path / "no.pt"), ()):
+        result = run(*words, f"--format={format}")
+        assert result.code == 2 and result.err.startswith("error: ")
+        assert result.out.startswith(start) and "hint: " in result.out and result.out.count(start) == 1
+
+
+def test_warnings_are_part_of_documents(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    path = tmp_path / "train.pt"
+    torch.save(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).train(), path)
+    result = run("inspect", path, *SMALL, "--format", "markdown")
+    assert "> [!WARNING]\n> the model is in train mode" in result.out and "warning: " in result.err
+    assert (
+        'role="note">warning: the model is in train mode' in run("inspect", path, *SMALL, "--format=html").out
+    )
+
+
 def test_json_errors(run: Run, tmp_path: Path) -> None:
     for words in (("inspect", tmp_path / "no.pt", "--json"), ("inspect", "--json"), ("--json",)):
         result = run(*words)
@@ -390,7 +443,8 @@ def test_json_errors(run: Run, tmp_path: Path) -> None:
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.Terminal(as_json=True).document({"a": [float("nan"), (float("inf"), 1.5)], "b": "×"})
+    data = {"a": [float("nan"), (float("inf"), 1.5)], "b": "×"}
+    terminal.Terminal(format="json").results(data, failure("", None))
     assert json.loads(capsys.readouterr().out) == {"a": [None, [None, 1.5]], "b": "×"}
 
 

@@ -1,4 +1,4 @@
-"""Reports on terminals of several widths, with and without Unicode.
+"""Reports on terminals of several widths, with and without Unicode, in Markdown and in HTML.
 
 Golden output is in tests/golden; ``UPDATE_GOLDEN=1 pytest tests/test_render.py`` writes it anew, for review.
 """
@@ -7,18 +7,34 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console, RenderableType
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console
 
 from convmerge.cli.terminal import one_line
 from convmerge.io import Contents, TensorInfo
-from convmerge.render import View, check_parts, contents_parts, fuse_parts, inspect_parts, verify_parts
+from convmerge.render import (
+    Document,
+    bench_document,
+    check_document,
+    contents_document,
+    fuse_document,
+    inspect_document,
+    verify_document,
+)
+from convmerge.render.document import failure
 from convmerge.render.figures import arrow, compact, difference, percent, seconds
+from convmerge.render.html import html
+from convmerge.render.markdown import markdown
 from convmerge.render.sites import group_sites
-from convmerge.report import Comparison, Counts, Report, SiteReport, Verification
+from convmerge.render.text import text_parts
+from convmerge.report import Comparison, Counts, Report, SiteReport, Speedup, Verification
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -100,65 +116,94 @@ REPORT = Report(
 COMMAND = "convmerge fuse models/net.pt -o models/net-fused.pt"
 
 
-def show(parts: Sequence[RenderableType], width: int) -> str:
+BENCHED = replace(
+    REPORT,
+    speedup=Speedup(1.31, (1.28, 1.33), (0.0131, 0.01), 2),
+    peak_bytes={"before": 7_000, "after": 5_000},
+)
+MANY = replace(
+    REPORT,
+    sites=tuple(SiteReport(f"blocks.{n}", ("conv", "conv"), "", "keep", f"costs {n}×") for n in range(2, 17)),
+    warnings=("the model is in train mode",),
+)
+
+
+def show(document: Document, width: int, *, unicode: bool = True) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
-        for part in parts:
+        for part in text_parts(document, width, unicode=unicode):
             console.print(part, soft_wrap=isinstance(part, str))
     return "".join(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 
+INSPECT = inspect_document(REPORT, COMMAND)
+CHECK = check_document(REPORT, COMMAND)
+FUSE = fuse_document(REPORT, "wrote net-fused.pt (2.3 s)")
+VERIFY = verify_document(REPORT)
+BENCH = bench_document(BENCHED)
+DOCUMENTS = {
+    "inspect": INSPECT,
+    "inspect-verbose": inspect_document(REPORT, COMMAND, verbose=True),
+    "inspect-many": inspect_document(MANY, COMMAND),
+    "check": CHECK,
+    "fuse": FUSE,
+    "verify": VERIFY,
+    "bench": BENCH,
+    "error": failure("no such file: a.pt", "give the path of a model file"),
+}
 GOLDEN_CASES = {
-    "inspect-200": inspect_parts(REPORT, View(200), COMMAND),
-    "inspect-100": inspect_parts(REPORT, View(100), COMMAND),
-    "inspect-40": inspect_parts(REPORT, View(40), COMMAND),
-    "inspect-200-verbose": inspect_parts(REPORT, View(200, verbose=True), COMMAND),
-    "inspect-200-ascii": inspect_parts(REPORT, View(200, unicode=False), COMMAND),
-    "check-120": check_parts(REPORT, View(120), COMMAND),
-    "fuse-100": fuse_parts(REPORT, View(100), "wrote net-fused.pt (2.3 s)"),
-    "fuse-40": fuse_parts(REPORT, View(40), "wrote net-fused.pt (2.3 s)"),
-    "verify-100": verify_parts(REPORT, View(100)),
+    "inspect-200.txt": show(INSPECT, 200),
+    "inspect-100.txt": show(INSPECT, 100),
+    "inspect-40.txt": show(INSPECT, 40),
+    "inspect-200-verbose.txt": show(DOCUMENTS["inspect-verbose"], 200),
+    "inspect-200-ascii.txt": show(INSPECT, 200, unicode=False),
+    "check-120.txt": show(CHECK, 120),
+    "fuse-100.txt": show(FUSE, 100),
+    "fuse-40.txt": show(FUSE, 40),
+    "fuse-25.txt": show(FUSE, 25),
+    "verify-100.txt": show(VERIFY, 100),
+    "bench-100.txt": show(BENCH, 100),
+    **{f"{name}.md": markdown(document) for name, document in DOCUMENTS.items()},
+    **{f"{name}.html": html(document) for name, document in DOCUMENTS.items() if name != "check"},
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_output_is_as_it_was(name: str) -> None:
-    shown = show(GOLDEN_CASES[name], width=int(name.split("-")[1]))
-    file = GOLDEN / f"{name}.txt"
+    file = GOLDEN / name
     if "UPDATE_GOLDEN" in os.environ:
-        file.write_text(shown, encoding="utf-8")
-    assert shown == file.read_text(encoding="utf-8")
+        file.write_text(GOLDEN_CASES[name], encoding="utf-8")
+    assert GOLDEN_CASES[name] == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", GOLDEN_CASES)
+@pytest.mark.parametrize("name", [name for name in GOLDEN_CASES if name.endswith(".txt")])
 def test_only_commands_are_wider_than_the_terminal(name: str) -> None:
-    width = int(name.split("-")[1])
-    lines = show(GOLDEN_CASES[name], width).splitlines()
+    width = int(name.removesuffix(".txt").split("-")[1])
+    lines = GOLDEN_CASES[name].splitlines()
     assert [line for line in lines if len(line) > width and not line.startswith("next: ")] == []
 
 
-def test_ascii_output_is_ascii() -> None:
-    for parts in (
-        inspect_parts(REPORT, View(200, unicode=False), COMMAND),
-        fuse_parts(REPORT, View(80, unicode=False), "wrote"),
-        fuse_parts(REPORT, View(30, unicode=False), "wrote"),
-    ):
-        assert show(parts, 200).isascii()
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_ascii_output_is_ascii(name: str) -> None:
+    for width in (200, 80, 30):
+        assert show(DOCUMENTS[name], width, unicode=False).isascii()
+    assert markdown(DOCUMENTS[name], unicode=False).isascii()
+    assert html(DOCUMENTS[name]).isascii()
 
 
 def test_resnet50_fits_one_screen() -> None:
     sites = [conv_bn(n, 64 * (1 + n % 7), 10_000_000 + n) for n in range(53)]
     report = Report("inspect", "resnet50.pt", sites=(*sites, KEPT, REFUSED))
-    shown = show(inspect_parts(report, View(160), COMMAND), 160)
+    shown = show(inspect_document(report, COMMAND), 160)
     assert len(shown.splitlines()) <= 24
     assert "(and 52 more)" in shown
     assert KEPT.reason in shown and REFUSED.reason in shown.replace("\n", " ").replace("  ", "")
 
 
 def test_every_reason_to_keep_or_refuse_is_listed() -> None:
-    kept = [SiteReport(f"b{n}", ("conv", "conv"), "", "keep", f"costs {n} times more") for n in range(2, 9)]
-    shown = show(inspect_parts(Report("inspect", "m.pt", sites=tuple(kept)), View(120), COMMAND), 120)
-    assert all(site.reason in shown and site.place in shown for site in kept)
+    document = inspect_document(MANY, COMMAND)
+    for shown in (show(document, 120), markdown(document), html(document).replace("&#215;", "×")):
+        assert all(site.reason in shown and site.place in shown for site in MANY.sites)
 
 
 def test_groups_share_operators_and_add_up() -> None:
@@ -166,41 +211,187 @@ def test_groups_share_operators_and_add_up() -> None:
     assert [len(group.sites) for group in groups] == [2, 1, 2]
     assert groups[0].total(lambda site: site.macs_before) == 30_000_000
     assert groups[0].geometry == "2→2, 3×3 … 3→3, 3×3"
-    assert groups[0].place == "layer1.conv … layer1.bn (and 1 more)"
+    assert "".join(span.text for span in groups[0].place) == "layer1.conv … layer1.bn (and 1 more)"
 
 
 HOSTILE = "[red]a[/red] [/] :boom: [link=http://x]\x1b[31m\x07\tb\nc"
 
 
+def with_names(name: str, *, verbose: bool) -> list[Document]:
+    """Documents in which everything that comes from a file is ``name``."""
+    site = SiteReport(name, (name,), name, "merge", name, tree=(name, f"  {name}"))
+    report = Report(
+        "fuse",
+        name,
+        {name: name},
+        sites=(site,),
+        unknown={name: 1},
+        warnings=(name,),
+        before=Counts({name: 1}, 1, 1),
+        after=Counts({name: 1}, 1, 1),
+        verification=Verification(False, name, (Comparison(name, 0.0, 0.0),)),
+        seconds={name: 1.0},
+    )
+    contents = Contents("module", name, {name: name}, (TensorInfo(name, (2, 3), name),), (name,))
+    return [
+        contents_document(contents, verbose=verbose),
+        inspect_document(report, name, verbose=verbose),
+        check_document(report, name, verbose=verbose),
+        fuse_document(report, name, verbose=verbose),
+        verify_document(report, verbose=verbose),
+        bench_document(report, verbose=verbose),
+        failure(name, name),
+    ]
+
+
 @pytest.mark.parametrize("width", [40, 80, 300])
 @pytest.mark.parametrize("verbose", [False, True])
 def test_names_are_printed_literally(width: int, verbose: bool) -> None:
-    site = SiteReport(HOSTILE, (HOSTILE,), HOSTILE, "merge", HOSTILE, tree=(HOSTILE,))
-    report = Report(
-        "fuse",
-        HOSTILE,
-        {HOSTILE: HOSTILE},
-        sites=(site,),
-        unknown={HOSTILE: 1},
-        before=Counts({HOSTILE: 1}, 1, 1),
-        after=Counts({HOSTILE: 1}, 1, 1),
-        verification=Verification(False, HOSTILE, (Comparison(HOSTILE, 0.0, 0.0),)),
-        seconds={HOSTILE: 1.0},
-    )
-    view = View(width, verbose=verbose)
-    contents = Contents(
-        "module", HOSTILE, {HOSTILE: HOSTILE}, (TensorInfo(HOSTILE, (2, 3), HOSTILE),), (HOSTILE,)
-    )
-    for parts in (
-        contents_parts(contents, view),
-        inspect_parts(report, view, HOSTILE),
-        check_parts(report, view, HOSTILE),
-        fuse_parts(report, view, HOSTILE),
-        verify_parts(report, view),
-    ):
-        shown = show(parts, width)
+    for document in with_names(HOSTILE, verbose=verbose):
+        shown = show(document, width)
         assert "[red]a[/red]" in shown and ":boom:" in shown
         assert "\x1b" not in shown and "\x07" not in shown and "\t" not in shown
+
+
+INTO_MARKUP = [
+    HOSTILE,
+    "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    '"onmouseover="x\' </code></pre></td></details><!-- & &amp; &#60; &lt',
+    "![a](http://x/y.png) [b](javascript:x) <http://x> http://x.y www.x.y a@b.c",
+    "| a \\| b \\\\| `c | d` ``e`` |",
+    "```",
+    "`",
+    " ` ",
+    "**a** __b__ _c_ ~~d~~ $e$ \\*f\\* layer_1_conv",
+    "# a",
+    "> a",
+    "- a",
+    "1. a",
+    "1) a",
+    "===",
+    "---",
+    "\\",
+    "a\\",
+    "@org/team #1 org/repo#2 GH-3 :tada:",
+]
+
+
+def read_markdown(text: str) -> list[Token]:
+    """Every token of a Markdown text, inline ones too."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    return [inner for token in tokens for inner in (token, *(token.children or ()))]
+
+
+def shape_of(tokens: list[Token]) -> list[str]:
+    """The structure of a Markdown text: literal HTML code is code, and text is not looked at."""
+    shape = []
+    for token in tokens:
+        if token.type == "html_inline" and token.content in ("<code>", "</code>"):
+            if token.content == "<code>":
+                shape.append("code_inline ")
+        elif token.type not in ("text", "text_special", "entity", "inline"):
+            shape.append(f"{token.type} {token.content if 'html' in token.type else ''}")
+    return shape
+
+
+@pytest.mark.parametrize("name", INTO_MARKUP)
+@pytest.mark.parametrize("verbose", [False, True])
+def test_names_are_no_markdown(name: str, verbose: bool) -> None:
+    hostile, plain = (with_names(text, verbose=verbose) for text in (name, "name"))
+    for document, like in zip(hostile, plain, strict=True):
+        text = markdown(document)
+        tokens = read_markdown(text)
+        assert shape_of(tokens) == shape_of(read_markdown(markdown(like))), text
+        said = "".join(
+            t.content for t in tokens if t.type in ("text", "text_special", "code_inline", "fence")
+        )
+        assert one_line(name) in said.replace("\u200b", ""), text
+
+
+def test_names_in_markdown_mention_nobody() -> None:
+    document = verify_document(Report("verify", "m.pt", {"x": INTO_MARKUP[-1]}))
+    said = "".join(token.content for token in read_markdown(markdown(document)) if token.type == "text")
+    assert "@\u200borg" in said and " #\u200b1" in said and "repo#\u200b2" in said
+    assert "GH\u200b-3" in said and ":\u200btada:" in said
+
+
+class Reader(HTMLParser):
+    """The tags and attributes of a page, and the text of its body."""
+
+    EMPTY = ("meta", "img", "br")
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "tags must nest"
+
+    def handle_data(self, data: str) -> None:
+        if "body" in self.open:
+            self.text += data
+
+
+@pytest.mark.parametrize("name", INTO_MARKUP)
+@pytest.mark.parametrize("verbose", [False, True])
+def test_names_are_no_html(name: str, verbose: bool) -> None:
+    hostile, plain = (with_names(text, verbose=verbose) for text in (name, "name"))
+    for document, like in zip(hostile, plain, strict=True):
+        page = Reader(html(document))
+        assert page.open == [] and page.tags == Reader(html(like)).tags
+        assert one_line(name) in page.text
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_html_is_one_accessible_file(name: str) -> None:
+    page = html(DOCUMENTS[name])
+    tags = [tag for tag, _ in Reader(page).tags]
+    assert not {"script", "link", "img", "iframe", "a"} & set(tags)
+    assert "url(" not in page and "@import" not in page and "http:" not in page and "https:" not in page
+    assert tags.count("h1") == tags.count("main") == tags.count("title") == 1
+    assert tags.count("caption") == tags.count("table")
+    attributes = dict(Reader(page).tags)
+    assert ("lang", "en") in attributes["html"]
+    assert all(dict(a).get("scope") in ("col", "row") for tag, a in Reader(page).tags if tag == "th")
+    for style in ("color-scheme: light dark", "prefers-color-scheme: dark", "@media print"):
+        assert style in page
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, by WCAG 2."""
+    digits = colour.removeprefix("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    channels = (int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_html_has_contrast_in_light_dark_and_print() -> None:
+    schemes = [block.split("}")[0] for block in html(VERIFY).split(":root {")[1:]]
+    assert len(schemes) == 3
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#\w+)", scheme))
+        ground = luminance(colours["ground"])
+        for name in ("text", "dim", "good", "keep", "refuse", "bad"):
+            dark, light = sorted((luminance(colours[name]), ground))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, scheme)
+
+
+def test_markdown_aligns_figures_and_folds_long_listings() -> None:
+    assert "| --- | --: | --: | --: |" in markdown(FUSE)
+    assert "<details>" not in markdown(INSPECT)
+    many = markdown(inspect_document(MANY, COMMAND))
+    assert "<summary>15 places</summary>\n\n| action |" in many and many.count("</details>") == 1
+    assert "> [!WARNING]\n> the model is in train mode" in many
 
 
 def test_one_line_keeps_text_and_escapes_the_rest() -> None:

@@ -20,12 +20,11 @@ from convmerge.cli.options import Choice, Head, Printing, Source, spread, typed
 from convmerge.errors import ConvmergeError, LoadError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from torch import nn
 
     from convmerge.inputs import Inputs
     from convmerge.io import ModelFile
-    from convmerge.render import View
+    from convmerge.render import Document
     from convmerge.report import Report
 
 CLEAN, FINDING = 0, 1
@@ -69,7 +68,7 @@ def inspect_command(path: _Model, source: Source, head: Head, choice: Choice, pr
         _print_contents(path, printing)
         raise
     command = _fuse_command(path, source, head, choice)
-    _print(printing, report, lambda view: render.inspect_parts(report, view, command))
+    _print(printing, report, render.inspect_document(report, command, verbose=printing.verbose))
     return CLEAN
 
 
@@ -81,7 +80,7 @@ def check_command(path: _Model, source: Source, choice: Choice, printing: Printi
 
     report = _planned("check", path, source, choice, printing)
     command = _fuse_command(path, source, choice)
-    _print(printing, report, lambda view: render.check_parts(report, view, command))
+    _print(printing, report, render.check_document(report, command, verbose=printing.verbose))
     return FINDING if report.merged() else CLEAN
 
 
@@ -139,7 +138,7 @@ def fuse_command(
         output=str(target) if target else None,
     )
     outcome = _outcome(report, equal, clock.total())
-    _print(printing, report, lambda view: render.fuse_parts(report, view, outcome))
+    _print(printing, report, render.fuse_document(report, outcome, verbose=printing.verbose))
     return CLEAN if equal else FINDING
 
 
@@ -160,7 +159,7 @@ def verify_command(
         return Report("verify", f"{a}, {b}", verification=verdict)
 
     report = _of_two("compare", a, b, source, printing, compare)
-    _print(printing, report, lambda view: render.verify_parts(report, view))
+    _print(printing, report, render.verify_document(report, verbose=printing.verbose))
     return CLEAN if report.verification and report.verification.equal else FINDING
 
 
@@ -190,7 +189,7 @@ def bench_command(
         )
 
     report = _of_two("run", a, b, source, printing, measure)
-    _print(printing, report, lambda view: render.bench_parts(report, view))
+    _print(printing, report, render.bench_document(report, verbose=printing.verbose))
     return CLEAN
 
 
@@ -295,20 +294,12 @@ def _print_contents(path: Path, printing: Printing) -> None:
     with contextlib.suppress(LoadError, OSError):
         contents = peek(path)
         if contents is not None:
-            terminal = printing.terminal()
-            terminal.results(
-                lambda width: render.contents_parts(
-                    contents, render.View(width, terminal.unicode, printing.verbose)
-                )
-            )
+            printing.terminal().show(render.contents_document(contents, verbose=printing.verbose))
 
 
-def _print(printing: Printing, report: Report, parts: Callable[[View], list[RenderableType]]) -> None:
-    """Warnings on stderr, the rest on stdout: as JSON, or as the ``parts`` made for its width."""
-    from convmerge.render import View
-
+def _print(printing: Printing, report: Report, document: Document) -> None:
+    """Warnings on stderr, the report on stdout in the format asked for."""
     terminal = printing.terminal()
     for warning in report.warnings:
         terminal.warn(warning)
-    terminal.document(report.to_dict())
-    terminal.results(lambda width: parts(View(width, terminal.unicode, printing.verbose)))
+    terminal.results(report.to_dict(), document)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from convmerge.cli.commands import CLEAN, FINDING, REPORT_IT, NotSameError, app
-from convmerge.cli.terminal import Terminal
+from convmerge.cli.options import Printing
 from convmerge.errors import ConvmergeError
 
 NO_VERDICT, INTERRUPTED = 2, 130
@@ -24,7 +24,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every error becomes a line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    terminal = Terminal(verbose=bool({"-v", "--verbose"} & {*words}), as_json="--json" in words)
+    terminal = Printing.before_parsing(words)
     command = typer.main.get_command(app)
     try:
         if not words:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
-from convmerge.cli.terminal import Terminal
+from convmerge.cli.terminal import Format, Terminal
+from convmerge.errors import ConvmergeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +29,15 @@ class Objective(str, Enum):
     latency = "latency"
     macs = "macs"
     params = "params"
+
+
+class Formats(str, Enum):
+    """How results are printed."""
+
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
 
 
 @dataclass(frozen=True)
@@ -153,15 +163,35 @@ class Head:
 class Printing:
     """What is printed."""
 
-    json: Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")] = False
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Print errors only.")] = False
+    format: Annotated[
+        Formats | None, Option(help="How to print it; all but tables are one document, for errors too.")
+    ] = None
+    json: Annotated[bool, Option("--json", help="Short for --format json.")] = False
+    quiet: Annotated[
+        bool, Option("--quiet", "-q", help="Print errors only, and the document asked for by --format.")
+    ] = False
     verbose: Annotated[
         bool, Option("--verbose", "-v", help="Every site, times, and tracebacks of errors.")
     ] = False
 
+    def __post_init__(self) -> None:
+        if self.json and self.format:
+            raise ConvmergeError("--json and --format both say how to print", "leave one of them out")
+
     def terminal(self) -> Terminal:
         """What prints that way."""
-        return Terminal(quiet=self.quiet, verbose=self.verbose, as_json=self.json)
+        chosen: Format = "json" if self.json else self.format.value if self.format else "table"
+        return Terminal(quiet=self.quiet, verbose=self.verbose, format=chosen)
+
+    @staticmethod
+    def before_parsing(arguments: Sequence[str]) -> Terminal:
+        """What prints the errors of a command line that may be wrong."""
+        chosen: Format = "json" if "--json" in arguments else "table"
+        for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
+            value = following if word == "--format" else word.removeprefix("--format=")
+            if chosen == "table" and value in Formats.__members__ and value != word:
+                chosen = Formats(value).value
+        return Terminal(verbose=not {"-v", "--verbose"}.isdisjoint(arguments), format=chosen)
 
 
 def spread(command: Callable[..., int]) -> Callable[..., int]:

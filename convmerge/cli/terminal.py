@@ -12,11 +12,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
+    from convmerge.render import Document
+
+Format = Literal["table", "json", "markdown", "html"]
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 UNLIMITED = 10_000  # columns; lines of a pipe are never wrapped, so that grep finds whole ones
@@ -45,36 +48,48 @@ class Terminal:
     """Prints results, errors and progress.
 
     Args:
-        quiet: errors only (a JSON document is printed all the same).
+        quiet: errors only (a document of another format than ``table`` is printed all the same).
         verbose: tracebacks, and what the libraries warn of.
-        as_json: results and errors are JSON documents on stdout.
+        format: of results; but for ``table`` one document on stdout, and errors are such documents too.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, format: Format = "table") -> None:
         self.quiet = quiet
         self.verbose = verbose
-        self.as_json = as_json
+        self.format = format
         self.unicode = speaks_unicode(sys.stdout)
 
-    def results(self, render: Callable[[int], list[RenderableType]]) -> None:
-        """Print what ``render`` makes for a width in columns."""
-        if self.quiet or self.as_json:
+    def results(self, data: Mapping[str, Any], document: Document) -> None:
+        """Print ``data`` as JSON, or ``document``, which says the same."""
+        if self.format == "json":
+            text = json.dumps(_finite(data), indent=2, ensure_ascii=not self.unicode)
+            _write(sys.stdout, text + "\n")
+        elif self.format == "markdown":
+            from convmerge.render.markdown import markdown
+
+            _write(sys.stdout, markdown(document, unicode=self.unicode))
+        elif self.format == "html":
+            from convmerge.render.html import html
+
+            _write(sys.stdout, html(document))
+        else:
+            self.show(document)
+
+    def show(self, document: Document) -> None:
+        """Print ``document`` as tables and lines, and nothing where results have another format."""
+        if self.quiet or self.format != "table":
             return
+        from convmerge.render.text import text_parts
+
         console = _console(sys.stdout)
         with console.capture() as capture:
-            for part in render(console.width):
+            for part in text_parts(document, console.width, unicode=self.unicode):
                 # An explicit soft wrap keeps commands in one piece, for copying them.
                 console.print(part, soft_wrap=isinstance(part, str))
         text = capture.get()
         if not console.is_terminal:
             text = "".join(line.rstrip() + "\n" for line in text.splitlines())
         _write(sys.stdout, text)
-
-    def document(self, data: Mapping[str, Any]) -> None:
-        """Print one JSON document; numbers that JSON has no word for (inf, nan) become null."""
-        if self.as_json:
-            text = json.dumps(_finite(data), indent=2, ensure_ascii=not self.unicode)
-            _write(sys.stdout, text + "\n")
 
     def warn(self, message: str) -> None:
         """Print a warning, unless quiet."""
@@ -83,7 +98,11 @@ class Terminal:
 
     def fail(self, message: str, hint: str | None = None) -> None:
         """Print an error in one line, and the way out in another."""
-        self.document({"schema": 1, "error": one_line(message), "hint": hint and one_line(hint)})
+        if self.format != "table":
+            from convmerge.render.document import failure
+
+            data = {"schema": 1, "error": one_line(message), "hint": hint and one_line(hint)}
+            self.results(data, failure(message, hint))
         self._notice("error", message)
         if hint:
             self._notice("hint", hint)
@@ -182,7 +201,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with every float that is not finite replaced by None."""
+    """``value`` with None for numbers that JSON has no word for (inf, nan)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

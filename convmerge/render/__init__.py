@@ -1,21 +1,21 @@
-"""Reports as tables and lines, for any width and for streams without Unicode or colour."""
+"""Reports as documents, and documents as text, Markdown and HTML."""
 
+from convmerge.render.document import Document
 from convmerge.render.reports import (
-    bench_parts,
-    check_parts,
-    contents_parts,
-    fuse_parts,
-    inspect_parts,
-    verify_parts,
+    bench_document,
+    check_document,
+    contents_document,
+    fuse_document,
+    inspect_document,
+    verify_document,
 )
-from convmerge.render.view import View
 
 __all__ = [
-    "View",
-    "bench_parts",
-    "check_parts",
-    "contents_parts",
-    "fuse_parts",
-    "inspect_parts",
-    "verify_parts",
+    "Document",
+    "bench_document",
+    "check_document",
+    "contents_document",
+    "fuse_document",
+    "inspect_document",
+    "verify_document",
 ]

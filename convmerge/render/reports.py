@@ -1,19 +1,27 @@
-"""What each command prints, as Rich renderables from top to bottom; a str is printed without wrapping it."""
+"""What each command has to say, as documents."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
-from rich.padding import Padding
-from rich.table import Table
-
-from convmerge.cli.terminal import one_line
+from convmerge.render.document import (
+    Column,
+    Command,
+    Document,
+    Line,
+    Part,
+    Row,
+    Span,
+    Table,
+    Words,
+    document,
+    line,
+    words,
+)
 from convmerge.render.figures import arrow, compact, difference, error, percent, seconds, speed
-from convmerge.render.sites import STYLES, site_parts
-from convmerge.render.view import View, by_count, inset, natural_width, new_table, plural
+from convmerge.render.sites import site_sections
 from convmerge.report import Comparison, Counts, Report, Saving, SiteReport, Verification
 
 if TYPE_CHECKING:
@@ -22,147 +30,147 @@ if TYPE_CHECKING:
 _TENSORS_SHOWN = 12
 
 
-def inspect_parts(report: Report, view: View, next_command: str) -> list[RenderableType]:
-    """What ``convmerge inspect`` prints."""
-    parts: list[RenderableType] = [view.text(f"{report.model}: {_verdict(report.sites)}", "bold")]
-    parts += _inputs(report, view)
-    if report.sites:
-        parts += ["", *site_parts(report.sites, view)]
-    parts.append("")
+def inspect_document(report: Report, next_command: str, *, verbose: bool = False) -> Document:
+    """What ``convmerge inspect`` says."""
+    end: list[Part] = []
     if report.unknown:
-        counts = ", ".join(f"{name} ×{calls}" for name, calls in by_count(report.unknown))
-        parts.append(view.text(f"operators without a rule: {counts}"))
+        counts = ", ".join(f"{name} ×{calls}" for name, calls in _by_count(report.unknown))
+        end.append(line(f"operators without a rule: {counts}"))
     if report.before:
-        parts.append(view.text(_figures_of(report.before)))
+        end.append(line(_figures_of(report.before)))
     if report.merged():
-        parts.append(view.text(_merge_totals(report)))
-    parts += _times(report, view)
+        end.append(line(_merge_totals(report)))
+    end += _times(report, verbose)
     if report.merged():
-        parts.append(_command("next", next_command, view))
-    return parts
+        end.append(Command("next", next_command))
+    sites = site_sections(report.sites, verbose=verbose) if report.sites else []
+    title = _title(report, _verdict(report.sites))
+    return document(title, _inputs(report), *sites, end, warnings=report.warnings)
 
 
-def check_parts(report: Report, view: View, next_command: str) -> list[RenderableType]:
-    """What ``convmerge check`` prints: nothing but the merges that are left."""
+def check_document(report: Report, next_command: str, *, verbose: bool = False) -> Document:
+    """What ``convmerge check`` says: nothing but the merges that are left."""
     merges = report.merged()
     if not merges:
-        return [view.text(f"{report.model}: no profitable merge is left", "bold")]
-    count = plural(len(merges), "profitable merge")
-    title = f"{report.model}: {count} {'is' if len(merges) == 1 else 'are'} left"
-    return [
-        view.text(title, "bold"),
-        *_inputs(report, view),
-        "",
-        *site_parts(merges, view),
-        "",
-        *_times(report, view),
-        _command("next", next_command, view),
-    ]
+        return document(_title(report, "no profitable merge is left"), warnings=report.warnings)
+    verb = "is" if len(merges) == 1 else "are"
+    return document(
+        _title(report, f"{_plural(len(merges), 'profitable merge')} {verb} left"),
+        _inputs(report),
+        *site_sections(merges, verbose=verbose),
+        [*_times(report, verbose), Command("next", next_command)],
+        warnings=report.warnings,
+    )
 
 
-def fuse_parts(report: Report, view: View, outcome: str) -> list[RenderableType]:
-    """What ``convmerge fuse`` prints; ``outcome`` says what became of the file."""
-    parts: list[RenderableType] = [view.text(f"{report.model}: {_verdict(report.sites)}", "bold")]
-    parts += _inputs(report, view)
-    if view.verbose and report.sites:
-        parts += ["", *site_parts(report.sites, view)]
+def fuse_document(report: Report, outcome: str, *, verbose: bool = False) -> Document:
+    """What ``convmerge fuse`` says; ``outcome`` is what became of the file."""
+    sections: list[list[Part]] = [_inputs(report)]
+    if verbose and report.sites:
+        sections += site_sections(report.sites, verbose=verbose)
     if report.before and report.after:
-        columns = ("before", "after", "change")
-        parts += ["", _before_after(report, report.before, report.after, columns, view)]
-    parts.append("")
+        sections.append([_before_after(report, report.before, report.after, ("before", "after", "change"))])
+    end: list[Part] = []
     if gain := _gain(report.saving, "merged places: "):
-        parts.append(view.text(gain))
+        end.append(line(gain))
     if report.verification:
-        parts += _verification(report.verification, view)
-    parts += _times(report, view)
-    parts.append(view.text(outcome))
-    return parts
+        end += _verification(report.verification)
+    end += [*_times(report, verbose), line(outcome)]
+    return document(_title(report, _verdict(report.sites)), *sections, end, warnings=report.warnings)
 
 
-def bench_parts(report: Report, view: View) -> list[RenderableType]:
-    """What ``convmerge bench`` prints."""
-    parts: list[RenderableType] = [view.text(report.model, "bold"), *_inputs(report, view)]
+def bench_document(report: Report, *, verbose: bool = False) -> Document:
+    """What ``convmerge bench`` says."""
+    sections: list[list[Part]] = [_inputs(report)]
     if report.before and report.after:
-        parts += ["", _before_after(report, report.before, report.after, ("A", "B", "change"), view)]
+        sections.append([_before_after(report, report.before, report.after, ("A", "B", "change"))])
+    end: list[Part] = []
     if report.speedup:
         low, high = (f"{ratio:.2f}" for ratio in report.speedup.middle_half)
-        threads = plural(report.speedup.threads, "thread")
-        times = f"B is {report.speedup.median:.2f}× as fast as A"
-        spread = f": middle half of all pairs {low}–{high}×, {threads}"
-        parts += ["", view.text(times, "bold") + view.text(spread)]
-    return parts + _times(report, view)
+        threads = _plural(report.speedup.threads, "thread")
+        times = Span(f"B is {report.speedup.median:.2f}× as fast as A", "strong")
+        end.append(line(times, f": middle half of all pairs {low}–{high}×, {threads}"))
+    end += _times(report, verbose)
+    return document(_title(report), *sections, end, warnings=report.warnings)
 
 
-def verify_parts(report: Report, view: View) -> list[RenderableType]:
-    """What ``convmerge verify`` prints."""
-    parts: list[RenderableType] = [view.text(report.model, "bold"), *_inputs(report, view)]
-    if report.verification:
-        parts += _verification(report.verification, view)
-    return parts + _times(report, view)
+def verify_document(report: Report, *, verbose: bool = False) -> Document:
+    """What ``convmerge verify`` says."""
+    verdict = _verification(report.verification) if report.verification else []
+    parts = [*_inputs(report), *verdict, *_times(report, verbose)]
+    return document(_title(report), parts, warnings=report.warnings)
 
 
-def contents_parts(contents: Contents, view: View) -> list[RenderableType]:
-    """What ``convmerge inspect`` prints of a file it may not load: what the file says it holds."""
-    parts: list[RenderableType] = [view.text(f"the file holds {contents.title}", "bold")]
+def contents_document(contents: Contents, *, verbose: bool = False) -> Document:
+    """What ``convmerge inspect`` says of a file it may not load: what the file says it holds."""
+    parts: list[Part] = []
     kinds = Counter(contents.modules.values())
     if kinds:
-        counts = ", ".join(f"{name} ×{count}" for name, count in by_count(kinds))
-        parts.append(view.text(f"modules: {counts}"))
-    if contents.needs and view.verbose:
-        parts.append(view.text(f"names: {', '.join(contents.needs)}"))
-    table = new_table("tensor", "shape", "dtype")
-    shown = contents.tensors if view.verbose else contents.tensors[:_TENSORS_SHOWN]
-    for tensor in shown:
-        shape = "×".join(map(str, tensor.shape)) or "scalar"
-        table.add_row(view.text(tensor.name), view.text(shape), view.text(tensor.dtype))
-    parts += [table] if shown else []
+        parts.append(line(f"modules: {', '.join(f'{name} ×{count}' for name, count in _by_count(kinds))}"))
+    if contents.needs and verbose:
+        parts.append(line(f"names: {', '.join(contents.needs)}"))
+    shown = contents.tensors if verbose else contents.tensors[:_TENSORS_SHOWN]
+    if shown:
+        rows = tuple(
+            Row((words(Span(t.name, "code")), words(_size(t.shape) or "scalar"), words(t.dtype)))
+            for t in shown
+        )
+        parts.append(
+            Table("tensors", tuple(Column(name) for name in ("tensor", "shape", "dtype")), rows, listing=True)
+        )
     hidden = len(contents.tensors) - len(shown)
-    return parts + ([view.text(f"and {plural(hidden, 'tensor')} more, shown with -v")] if hidden else [])
+    parts += [line(f"and {_plural(hidden, 'tensor')} more, shown with -v")] if hidden else []
+    return document(words(f"the file holds {contents.title}"), parts)
 
 
-def _before_after(report: Report, before: Counts, after: Counts, columns: Sequence[str], view: View) -> Table:
-    table = new_table("")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+def _title(report: Report, outcome: str = "") -> Words:
+    return words(Span(report.model, "code"), f": {outcome}" if outcome else "")
 
-    def row(name: str, a: int, b: int, show: Callable[[int], str], change: str, style: str = "") -> None:
-        table.add_row(view.text(name), *(view.text(t) for t in (show(a), show(b), change)), style=style)
+
+def _before_after(report: Report, before: Counts, after: Counts, columns: Sequence[str]) -> Table:
+    rows: list[Row] = []
+
+    def row(
+        name: str, a: int, b: int, show: Callable[[int], str], change: str, *, strong: bool = True
+    ) -> None:
+        rows.append(Row(tuple(words(text) for text in (name, show(a), show(b), change)), strong))
 
     kinds = dict.fromkeys([*before.operators, *after.operators])
     for kind in sorted(kinds, key=lambda k: -before.operators.get(k, 0)):
         a, b = before.operators.get(kind, 0), after.operators.get(kind, 0)
-        row(kind, a, b, str, difference(a, b))
+        row(kind, a, b, str, difference(a, b), strong=False)
     a, b = sum(before.operators.values()), sum(after.operators.values())
-    row("operators", a, b, str, difference(a, b), "bold")
-    row("MACs", before.macs, after.macs, compact, percent(before.macs, after.macs), "bold")
-    a, b = before.parameters, after.parameters
-    row("parameters", a, b, compact, percent(a, b), "bold")
+    row("operators", a, b, str, difference(a, b))
+    row("MACs", before.macs, after.macs, compact, percent(before.macs, after.macs))
+    row(
+        "parameters",
+        before.parameters,
+        after.parameters,
+        compact,
+        percent(before.parameters, after.parameters),
+    )
     for name, sizes in (("file", report.file_bytes), ("peak memory", report.peak_bytes)):
         if {"before", "after"} <= sizes.keys():
             a, b = sizes["before"], sizes["after"]
-            row(name, a, b, lambda n: compact(n, "B"), percent(a, b), "bold")
+            row(name, a, b, lambda n: compact(n, "B"), percent(a, b))
     if report.speedup:
         a, b = (round(time * 1e9) for time in report.speedup.seconds)
-        row("time", a, b, lambda n: seconds(n * 1e-9), percent(a, b), "bold")
-    return table
+        row("time", a, b, lambda n: seconds(n * 1e-9), percent(a, b))
+    headings = (Column(""), *(Column(name, numeric=True) for name in columns))
+    return Table("the model in figures", headings, tuple(rows))
 
 
-def _verification(verification: Verification, view: View) -> list[RenderableType]:
-    verdict = "verified" if verification.equal else "NOT the same function"
-    style = "bold green" if verification.equal else "bold red"
-    parts: list[RenderableType] = [view.text(verdict, style) + view.text(f": {verification.reason}")]
-    table = new_table("compared on", "max difference", "in float64", "error / the original's own")
-    for item in verification.comparisons:
-        table.add_row(*(view.text(figure) for figure in (item.inputs, *_figures(item))))
-    if not verification.comparisons:
-        return parts
-    if natural_width(table) + 2 <= view.width:
-        return [*parts, Padding(table, (0, 0, 0, 2), expand=False)]
-    names = [str(column.header) for column in table.columns[1:]]
-    for item in verification.comparisons:
-        figures = zip(names, _figures(item), strict=True)
-        line = ", ".join(f"{name} {figure}" for name, figure in figures if figure)
-        parts.append(inset(f"{item.inputs}: {line}", view))
+def _verification(verification: Verification) -> list[Part]:
+    verdict = Span("verified", "good") if verification.equal else Span("NOT the same function", "bad")
+    parts: list[Part] = [line(verdict, f": {verification.reason}")]
+    if verification.comparisons:
+        figures = ("max difference", "in float64", "error / the original's own")
+        columns = (Column("compared on"), *(Column(name, numeric=True) for name in figures))
+        rows = tuple(
+            Row(tuple(words(text) for text in (item.inputs, *_figures(item))))
+            for item in verification.comparisons
+        )
+        parts.append(Table("comparisons", columns, rows, inset=True))
     return parts
 
 
@@ -177,7 +185,7 @@ def _figures(item: Comparison) -> tuple[str, str, str]:
 
 
 def _figures_of(counts: Counts) -> str:
-    calls = plural(sum(counts.operators.values()), "operator")
+    calls = _plural(sum(counts.operators.values()), "operator")
     return f"model: {calls}, {compact(counts.macs)} MACs, {compact(counts.parameters)} parameters"
 
 
@@ -207,33 +215,40 @@ def _gain(saving: Saving | None, lead: str) -> str:
 
 
 def _verdict(sites: Sequence[SiteReport]) -> str:
-    counts = {action: sum(site.action == action for site in sites) for action in STYLES}
+    counts = {action: sum(site.action == action for site in sites) for action in ("merge", "keep", "refuse")}
     if not counts["merge"]:
         others = [f"{n} kept or refused" for n in [counts["keep"] + counts["refuse"]] if n]
         return ", ".join(["nothing to merge", *others])
-    parts = [plural(counts["merge"], "merge")]
+    parts = [_plural(counts["merge"], "merge")]
     parts += [f"{counts['keep']} kept (cost more merged)"] if counts["keep"] else []
     parts += [f"{counts['refuse']} refused"] if counts["refuse"] else []
     return ", ".join(parts)
 
 
-def _inputs(report: Report, view: View) -> list[RenderableType]:
+def _inputs(report: Report) -> list[Part]:
     if not report.inputs:
         return []
     guessed = " (guessed; give --input for others)" if report.inputs_inferred else ""
     if len(report.inputs) == 1:
         (shape,) = report.inputs.values()
-        return [view.text(f"input: {shape}{guessed}")]
+        return [line(f"input: {shape}{guessed}")]
     inputs = ", ".join(f"{name} {shape}" for name, shape in report.inputs.items())
-    return [view.text(f"inputs: {inputs}{guessed}")]
+    return [line(f"inputs: {inputs}{guessed}")]
 
 
-def _times(report: Report, view: View) -> list[RenderableType]:
-    if not (view.verbose and report.seconds):
+def _times(report: Report, verbose: bool) -> list[Line]:
+    if not (verbose and report.seconds):
         return []
-    return [view.text("time: " + ", ".join(f"{k} {seconds(v)}" for k, v in report.seconds.items()))]
+    return [line("time: " + ", ".join(f"{k} {seconds(v)}" for k, v in report.seconds.items()))]
 
 
-def _command(label: str, command: str, view: View) -> str:
-    """A str, which the terminal prints without wrapping it."""
-    return f"{label}: {one_line(command, unicode=view.unicode)}"
+def _size(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

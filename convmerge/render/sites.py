@@ -1,23 +1,17 @@
-"""Sites, alike ones together: a table, or paragraphs where that gets too narrow."""
+"""Sites, alike ones together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from convmerge.render.document import Column, Part, Row, Span, Table, Tree, Trees, Words, words
 from convmerge.render.figures import arrow, error, speed
-from convmerge.render.view import View, inset, natural_width, new_table
 from convmerge.report import SiteReport
 
-STYLES = {"merge": "green", "keep": "yellow", "refuse": "magenta"}
 T = TypeVar("T", int, float)
 _SPAN_WIDTH = 72
-_REASON_WIDTH = 28  # a narrower column of reasons is hard to read
 
 
 @dataclass(frozen=True)
@@ -32,10 +26,10 @@ class Group:
         return self.sites[0]
 
     @property
-    def place(self) -> str:
+    def place(self) -> Words:
         """Where the first one is, and how many there are."""
         more = len(self.sites) - 1
-        return f"{self.first.place} (and {more} more)" if more else self.first.place
+        return words(Span(self.first.place, "code"), f" (and {more} more)" if more else "")
 
     @property
     def operators(self) -> str:
@@ -75,65 +69,32 @@ def group_sites(sites: Iterable[SiteReport]) -> list[Group]:
     return [Group(tuple(group)) for group in groups.values()]
 
 
-def site_parts(sites: Sequence[SiteReport], view: View) -> list[RenderableType]:
-    """A table, or where that gets too narrow one paragraph a site; then the branches of sums."""
-    groups = [Group((site,)) for site in sites] if view.verbose else group_sites(sites)
-    table = _site_table(groups, view)
-    # The reason is the one column that may wrap: the others are names and numbers, to be found and compared.
-    reason = max(len(group.reason) for group in groups)
-    if natural_width(table) - max(0, reason - _REASON_WIDTH) <= view.width:
-        parts: list[RenderableType] = [table]
-    else:
-        parts = [part for group in groups for part in _paragraph(group, view)]
-    for group in groups:
-        if group.first.tree:
-            parts += ["", view.text(group.place)]
-            parts += [Text("  ") + _indented(line, view) for line in group.first.tree]
-    return parts
+def site_sections(sites: Sequence[SiteReport], *, verbose: bool) -> list[list[Part]]:
+    """A table of the sites, and the branches of sums; every site by itself where ``verbose``."""
+    groups = [Group((site,)) for site in sites] if verbose else group_sites(sites)
+    trees = tuple(Tree(group.place, group.first.tree) for group in groups if group.first.tree)
+    return [[_site_table(groups, verbose)], [Trees("branches", trees)] if trees else []]
 
 
-def _site_table(groups: Sequence[Group], view: View) -> Table:
-    table = new_table("action", "place", "operators", "geometry", "MACs", "weights")
-    if view.verbose:
-        table.add_column("float64 error", no_wrap=True)
-    table.add_column("reason", overflow="fold")
-    for group in groups:
-        site = group.first
-        cells = [
-            view.text(site.action, STYLES[site.action]),
-            view.text(group.place),
-            view.text(group.operators),
-            view.text(group.geometry),
-            view.text(_macs(group)),
-            view.text(_weights(group)),
-        ]
-        if view.verbose:
-            cells.append(view.text(_site_error(site)))
-        table.add_row(*cells, view.text(_reason(group)))
-    return table
+def _site_table(groups: Sequence[Group], verbose: bool) -> Table:
+    columns = [Column(name) for name in ("action", "place", "operators", "geometry")]
+    columns += [Column(name, numeric=True) for name in ("MACs", "weights")]
+    columns += [Column("float64 error", numeric=True)] if verbose else []
+    rows = tuple(Row(tuple(_cells(group, verbose))) for group in groups)
+    return Table("places", (*columns, Column("reason", wraps=True)), rows, head=2, listing=True)
 
 
-def _paragraph(group: Group, view: View) -> list[RenderableType]:
+def _cells(group: Group, verbose: bool) -> Iterator[Words]:
     site = group.first
-    title = view.text(site.action, STYLES[site.action]) + Text(" ") + view.text(group.place)
-    figures = "; ".join(f"{k} {v}" for k, v in (("MACs", _macs(group)), ("weights", _weights(group))) if v)
-    facts = [fact for fact in (group.operators, group.geometry, figures) if fact]
-    row = "; ".join(facts)
-    lines = [row] if len(row) + 2 <= view.width else facts
-    return [title, *(inset(line, view) for line in [*lines, _reason(group)] if line)]
-
-
-def _indented(line: str, view: View) -> Text:
-    body = line.lstrip(" ")
-    return Text(" " * (len(line) - len(body))) + view.text(body)
-
-
-def _macs(group: Group) -> str:
-    return _figure(group.total(lambda s: s.macs_before), group.total(lambda s: s.macs_after))
-
-
-def _weights(group: Group) -> str:
-    return _figure(group.total(lambda s: s.weights_before), group.total(lambda s: s.weights_after))
+    yield words(Span(site.action, site.action))
+    yield group.place
+    yield words(group.operators)
+    yield words(group.geometry)
+    yield words(_figure(group.total(lambda s: s.macs_before), group.total(lambda s: s.macs_after)))
+    yield words(_figure(group.total(lambda s: s.weights_before), group.total(lambda s: s.weights_after)))
+    if verbose:
+        yield words(_site_error(site))
+    yield words(_reason(group))
 
 
 def _figure(before: int, after: int) -> str:
