@@ -11,6 +11,7 @@ from torch.fx.node import Node
 from convmerge.affine import Geometry
 from convmerge.cost.model import Cost
 from convmerge.decide import Decider, Decisions
+from convmerge.edit.lower import gap_of
 from convmerge.emit import Emission
 from convmerge.errors import Refusal
 from convmerge.layers import Built
@@ -77,6 +78,8 @@ def _outcome(site: Site) -> str:
     emission = site.emission
     single = isinstance(emission, Emission) and len(emission.layers) == 1
     words = f"one {emission}" if single else str(emission)
+    if (gap := gap_of(site.home)) is not None:
+        return f"{words} {'behind' if gap.behind else 'in front of'} {gap.kind}"
     return words if site.blocks is None else f"{site.blocks.words}: {words}"
 
 

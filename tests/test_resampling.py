@@ -109,6 +109,115 @@ def test_what_merges(make: Make, shape: tuple[int, ...], words: str) -> None:
         assert not convmerge.inspect(result.model, normal(1, *shape, seed=1)).merged()
 
 
+Resample = Callable[[Tensor], Tensor]
+SMALL_FIRST: list[tuple[str, Resample]] = [
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=3.5, mode="bilinear", align_corners=True)),
+    ("interpolate", lambda x: F.interpolate(x, size=(x.shape[2] * 3, 41), mode="bilinear")),
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=1.7, mode="nearest")),
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=1.5, mode="nearest-exact")),
+    ("interpolate", lambda x: F.interpolate(F.interpolate(x, (20, 20)), (47, 31), mode="bilinear")),
+    ("adaptive_avg_pool", lambda x: F.interpolate(x, size=(39, 33), mode="area")),
+    ("reflect pad", lambda x: F.pad(x, (6, 5, 7, 3), mode="reflect")),
+    ("replicate pad", lambda x: F.pad(x, (6, 5, 7, 3), mode="replicate")),
+    ("circular pad", lambda x: F.pad(x, (6, 5, 7, 3), mode="circular")),
+]
+
+
+def unchanged_at_other_sizes(result: convmerge.Result, model: nn.Module, channels: int) -> None:
+    assert result.report.verification is not None
+    assert result.report.verification.equal
+    for size in ((13, 16), (14, 11), (29, 37)):
+        x = normal(2, channels, *size, seed=size[0])
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("index", range(len(SMALL_FIRST)))
+def test_pointwise_filters_behind_an_enlargement_run_in_front_of_it(index: int) -> None:
+    name, resample = SMALL_FIRST[index]
+    layers = {"c": conv(23, 7, 1), "n": nn.BatchNorm2d(7)}
+    model = randomised(Function(lambda m, x: m.n(m.c(resample(x)) * 3).relu(), **layers))
+    result = convmerge.fuse(model, normal(1, 23, 13, 16))
+    (site,) = result.report.merged()
+    assert site.reason == f"one Conv2d(23, 7, 1×1) in front of {name}"
+    assert result.report.after is not None
+    assert result.report.after.macs == 23 * 7 * 13 * 16
+    unchanged_at_other_sizes(result, model, 23)
+
+
+SMALL_LAST: list[tuple[str, Resample]] = [
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear")),
+    ("interpolate", lambda x: F.interpolate(x, scale_factor=0.4, mode="nearest")),
+    ("interpolate", lambda x: F.interpolate(x, size=(5, 6), mode="bicubic", antialias=True)),
+    ("adaptive_avg_pool", lambda x: F.adaptive_avg_pool2d(x, (5, 3))),
+    ("adaptive_avg_pool", lambda x: F.interpolate(x, scale_factor=0.3, mode="area")),
+    ("avg_pool", lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
+    ("avg_pool", lambda x: F.avg_pool2d(x, 3, ceil_mode=True)),
+    ("mean", lambda x: x.mean((2, 3))),
+    ("mean", lambda x: x.mean(-1)),
+]
+
+
+@pytest.mark.parametrize("index", range(len(SMALL_LAST)))
+def test_pointwise_filters_in_front_of_a_reduction_run_behind_it(index: int) -> None:
+    name, resample = SMALL_LAST[index]
+    layers = {"c": conv(7, 23, 1), "n": nn.BatchNorm2d(23)}
+    model = randomised(Function(lambda m, x: resample(m.n(m.c(x)) * 3).relu(), **layers))
+    result = convmerge.fuse(model, normal(1, 7, 13, 16))
+    (site,) = result.report.merged()
+    assert site.reason.endswith(f" behind {name}")
+    assert site.macs_after < site.macs_before / 2
+    unchanged_at_other_sizes(result, model, 7)
+
+
+def test_modules_in_a_row_stay_such() -> None:
+    """Without code of its own, the file of the result can be loaded without trusting it."""
+    up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    model = randomised(nn.Sequential(nn.ReLU(), up, conv(23, 7, 1), nn.ReLU()))
+    result = convmerge.fuse(model, normal(1, 23, 13, 16))
+    kinds = [type(m) for m in result.model.modules()]
+    assert kinds.index(nn.Conv2d) < kinds.index(nn.Upsample)
+    assert {kind.__module__.split(".")[0] for kind in kinds} == {"torch"}
+    assert nn.Identity in kinds
+    unchanged_at_other_sizes(result, model, 23)
+
+
+def test_one_module_called_twice() -> None:
+    """What is in front of the one call is not in front of the other."""
+    up = nn.Upsample(scale_factor=2, mode="bilinear")
+    model = Function(lambda m, x: (m.c(m.up(x)).relu(), m.up(x.relu())), up=up, c=conv(23, 7, 1))
+    model = randomised(model)
+    x = normal(1, 23, 13, 16)
+    result = convmerge.fuse(model, x)
+    assert len(result.report.merged()) == 1
+    for found, expected in zip(result.model(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_map_that_changes_before_it_is_read_again() -> None:
+    """Behind the pool, the filter would see what is written to its input in between."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = x.exp()
+        y = m.c(x)  # type: ignore[operator]
+        x.add_(1)
+        return y.mean((2, 3)) + x.mean()  # type: ignore[no-any-return]
+
+    model = randomised(Function(forward, c=conv(7, 23, 1)))
+    report = convmerge.fuse(model, normal(1, 7, 13, 16)).report
+    assert not report.merged()
+    assert any("changed in place by add" in site.reason for site in report.sites)
+
+
+def test_what_costs_more_on_the_other_side_stays_there_and_says_so() -> None:
+    model = randomised(nn.Sequential(conv(64, 3, 1), nn.AdaptiveAvgPool2d(15)))
+    report = convmerge.inspect(model, normal(1, 64, 16, 16))
+    (site,) = report.sites
+    assert site.action == "keep"
+    assert site.reason.startswith("costs more on the other side of the adaptive_avg_pool: ")
+
+
 def test_pooling_at_a_ratio_of_one_size_alone_stays() -> None:
     """At other sizes the windows of adaptive pooling differ, so that it is no filter that could be merged."""
     model = randomised(nn.Sequential(conv(6, 8), nn.AdaptiveAvgPool2d(16), conv(8, 4)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captured import Pair, assert_close, random, randomised
 from torch import Tensor, nn
 
@@ -47,9 +48,9 @@ class Neck(nn.Module):
         return self.norm(self.conv(y)).relu()
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_the_part_of_an_upsampled_map_runs_on_the_small_one(kernel: int) -> None:
-    result = fused(randomised(Neck(kernel)), random(*LOW), random(*HIGH), objective="macs")
+@pytest.mark.parametrize(("kernel", "mode"), [(1, "nearest"), (3, "nearest"), (1, "bilinear")])
+def test_the_part_of_an_upsampled_map_runs_on_the_small_one(kernel: int, mode: str) -> None:
+    result = fused(randomised(Neck(kernel, mode=mode)), random(*LOW), random(*HIGH), objective="macs")
     assert concatenations(result) == 0
     assert len(result.report.merged()) == 2
     assert not any(isinstance(m, nn.BatchNorm2d) for m in result.model.modules())
@@ -64,6 +65,38 @@ def test_the_part_of_an_upsampled_map_runs_on_the_small_one(kernel: int) -> None
 def test_where_nothing_is_saved_the_concatenation_stays(options: dict[str, Any]) -> None:
     result = fused(randomised(Neck(3, **options)), random(*LOW), random(*HIGH))
     assert concatenations(result) == 1
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear")
+
+
+HEADS: list[tuple[Callable[..., Tensor], float]] = [
+    (lambda m, x, y: m.a(resized(x, y)) + m.b(y), (22 * 63 + 10 * 252) * 12),
+    (lambda m, x, y: m.n(m.a(resized(x.relu(), y)) + m.b(y.relu())), (22 * 63 + 10 * 252) * 12),
+    (lambda m, x, y: m.c(torch.cat([resized(m.n22(x.relu()), y), y], 1)), (22 * 63 + 10 * 252) * 12),
+    (lambda m, x, y: m.c(torch.cat([resized(m.i(x), y), m.j(y)], 1)), (22 * 63 + 10 * 252) * 12),
+    (lambda m, x, y: m.d(resized(m.a(x), y) + m.b(y)), (22 * 63 + 10 * 252) * 5),
+    (lambda m, x, y: m.d(resized(m.a(x), y) + m.b(y).relu()), (22 * 63 + 10 * 252) * 12 + 12 * 5 * 252),
+]
+
+
+@pytest.mark.parametrize("index", range(len(HEADS)))
+def test_heads_mix_the_channels_of_small_maps_before_they_are_resized(index: int) -> None:
+    """As in LR-ASPP, DeepLab, SegFormer and PSPNet."""
+    forward, macs = HEADS[index]
+    layers = {
+        "a": nn.Conv2d(22, 12, 1), "b": nn.Conv2d(10, 12, 1), "c": nn.Conv2d(32, 12, 1),
+        "d": nn.Conv2d(12, 5, 1), "i": nn.Conv2d(22, 22, 1), "j": nn.Conv2d(10, 10, 1),
+        "n": nn.BatchNorm2d(12), "n22": nn.BatchNorm2d(22),
+    }  # fmt: skip
+    model = randomised(Pair(forward, **layers))
+    result = fused(model, random(*LOW), random(*HIGH), objective="macs")
+    assert result.report.after is not None
+    assert result.report.after.macs == macs
+    x, y = random(2, 22, 5, 6, seed=2), random(2, 10, 17, 9, seed=3)
+    with torch.no_grad():
+        assert_close(result.model(x, y), model(x, y))
 
 
 class Ends(Neck):

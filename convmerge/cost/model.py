@@ -115,6 +115,8 @@ _KINDS = {
     "nearest": "upsample",
     "upsample": "upsample",
     "interpolate": "upsample",
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
     "pixel_shuffle": "shuffle",
     "pixel_unshuffle": "shuffle",
     "channel_shuffle": "copy",

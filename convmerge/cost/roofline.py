@@ -81,6 +81,8 @@ RATES = {
     "pool": Rate(3.2e9, 8e9, 3e-6),
     "mean": Rate(math.inf, 110e9, 5e-6),
     "upsample": Rate(math.inf, 24e9, 6e-6),
+    "bilinear": Rate(math.inf, 7e9, 6e-6),
+    "bicubic": Rate(math.inf, 1.5e9, 6e-6),
     "shuffle": Rate(math.inf, 14e9, 3e-6),
     "interleave": Rate(math.inf, 15e9, 25e-6),
     "copy": Rate(math.inf, 14e9, 3e-6),

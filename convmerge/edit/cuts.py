@@ -18,11 +18,16 @@ from convmerge.errors import Refusal
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Trace nodes that one layer can stand for: one value of data in, one value out, or parts of one."""
+    """Trace nodes that one layer can stand for: one value of data in, one value out, or parts of one.
+
+    ``entries`` are the nodes among them that read the source, each with what it reads, which may be the
+    source as handed on by something that does nothing.
+    """
 
     nodes: tuple[Node, ...]
     source: Node
     results: tuple[Node, ...]
+    entries: tuple[tuple[Node, Node], ...] = ()
 
     @property
     def result(self) -> Node:
@@ -39,6 +44,8 @@ def home_of(trace: Trace, edit: GraphEdit) -> Cut:
         position, index = edit.operand
         value = parts_of(trace, position)[index]
         return Cut((), value, (value,))
+    if edit.beside is not None:
+        return cut(trace, edit.beside[:1])
     return cut(trace, edit.home, edit.regroup, edit.pieces)
 
 
@@ -73,16 +80,17 @@ def cut(
     sizes = _sizes(trace.graph, silent)
     inside |= _only_for(trace.graph, inside, sizes)
     nodes = tuple(node for node in trace.graph.nodes if node in inside)
-    looked = (s for n in nodes if n not in sizes for s in n.all_input_nodes)
-    read = {s for s in looked if s not in inside | sizes and carries_data(s)}
-    sources = {_through(s, handing) for s in read}
+    known = inside | sizes
+    looked = ((n, s) for n in nodes if n not in sizes for s in n.all_input_nodes)
+    entries = tuple((n, s) for n, s in looked if s not in known and carries_data(s))
+    sources = {_through(s, handing) for _, s in entries}
     results = [n for n in nodes if any(user not in inside for user in n.users)]
     if regroup is not None:
         results = _kept(trace, regroup, results, inside)
     wanted = [trace.made_by[piece.position] for piece in pieces] or results[:1]
     if len(sources) != 1 or not results or set(results) != set(wanted):
         raise Refusal("the code uses a value inside it elsewhere too")
-    return Cut(nodes, sources.pop(), tuple(wanted))
+    return Cut(nodes, sources.pop(), tuple(wanted), entries)
 
 
 def _kept(trace: Trace, regroup: Regroup, results: Sequence[Node], inside: set[Node]) -> list[Node]:

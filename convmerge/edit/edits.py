@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch.fx.node import Node
 
@@ -28,10 +29,14 @@ class Run:
 
 @dataclass(frozen=True)
 class UnitEdit:
-    """``survivor`` becomes the merged layer, the modules in ``emptied`` become identities."""
+    """``survivor`` becomes the merged layer, the modules in ``emptied`` become identities.
+
+    With ``beside`` it stays, with the merged layer in front of it or behind it.
+    """
 
     survivor: str
     emptied: tuple[str, ...]
+    beside: Literal["front", "behind"] | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -76,6 +81,7 @@ class GraphEdit:
         operand: where the merged layer replaces no calls but stands in front of an operand: the position of
             the call that concatenates, and which operand it is.
         added: position of a call that concatenates and is to add up.
+        beside: where the merged layer stands beside a call that stays: its position, and on which side of it.
     """
 
     owner: str
@@ -86,6 +92,7 @@ class GraphEdit:
     pieces: tuple[Piece, ...] = ()
     operand: tuple[int, int] | None = None
     added: int | None = None
+    beside: tuple[int, Literal["front", "behind"]] | None = None
 
 
 Edit = UnitEdit | GraphEdit

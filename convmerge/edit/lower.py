@@ -7,8 +7,9 @@ code (that module is traced by torch.fx, and its trace must agree with the evide
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 from torch.fx.node import Node
@@ -20,7 +21,7 @@ from convmerge.evidence.capture import ROOT, Call, Evidence, Frame, is_tensor, n
 from convmerge.evidence.constants import memory_root
 from convmerge.evidence.memory import check_sums, check_views
 from convmerge.recognise import Same
-from convmerge.regions.elements import Block, Edge, Fork, Leaf, Via, calls_of, leaves
+from convmerge.regions.elements import Block, Edge, Fork, Gap, Leaf, Via, calls_of, leaves
 
 
 def lower(
@@ -30,7 +31,8 @@ def lower(
 
     Raises Refusal where no way is known to be exact.
     """
-    _check_memory(frames.evidence, [home, *emptied])
+    _check_memory(frames.evidence, home, emptied)
+    gap = gap_of(home)
     try:
         if added is not None or edge_of(home) is not None:
             raise Refusal("the code that concatenates is not known")
@@ -38,6 +40,8 @@ def lower(
             raise Refusal("the sum has a term that starts from another value")
         if fork_of(home) is not None:
             raise Refusal("the code that calls the siblings is not known")
+        if gap is not None:
+            return _as_units_beside(frames, gap, emptied, model)
         return _as_units(frames, home, emptied, model)
     except Refusal as refusal:
         unit_reason = refusal.reason
@@ -54,20 +58,23 @@ def lower(
         opened=opened,
         operand=None if edge is None else (position[edge.call], edge.index),
         added=None if added is None else position[added],
+        beside=None if gap is None else (position[gap.beside.node], _side(gap)),
     )
 
 
 def _joining_calls(home: Run, added: Node | None) -> list[Node]:
-    """Calls that add up or concatenate and are edited with a run."""
+    """Calls that stay and are edited with a run: that add up, or concatenate, or that it stands beside."""
     block, edge = open_block(home), edge_of(home)
     calls = list(block.sums) if block is not None else []
     if edge is not None:
         calls.append(edge.call)
+    if (gap := gap_of(home)) is not None:
+        calls.append(gap.beside.node)
     return calls if added is None else [*calls, added]
 
 
-def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
-    """The new layer reads its input at another time than some old ones: nothing may write in between."""
+def _check_memory(evidence: Evidence, home: Run, emptied: Sequence[Run]) -> None:
+    """What stays reads its input at another time than some old layers: nothing may write in between."""
     writes = [
         (memory_root(nodes_of(c.args)[0]), c)
         for c in evidence.calls.values()
@@ -75,15 +82,17 @@ def _check_memory(evidence: Evidence, runs: Iterable[Run]) -> None:
     ]
     if not writes:
         return
-    for run in runs:
+    ends = [n for run in (home, *emptied) for n in (*calls_of(run.elements), run.target)]
+    last = max(evidence.calls[n].index for n in ends if n in evidence.calls)
+    for run in (home, *emptied):
         nodes = set(calls_of(run.elements))
         if not nodes:
             continue
         indices = [evidence.calls[node].index for node in nodes]
-        root = memory_root(run.source)
+        root, until = memory_root(run.source), max(indices) if run is home else last
         for written, call in writes:
-            if written is root and call.node not in nodes and min(indices) < call.index < max(indices):
-                raise Refusal(f"its input is changed in place by {call.op} while the branches run")
+            if written is root and call.node not in nodes and min(indices) < call.index < until:
+                raise Refusal(f"its input is changed in place by {call.op} before all of it has run")
 
 
 def _as_units(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Module) -> UnitEdit:
@@ -99,6 +108,24 @@ def _as_units(frames: Frames, home: Run, emptied: Sequence[Run], model: nn.Modul
     if len(set(paths)) != len(paths):
         raise Refusal(f"{_duplicate(paths)} is called twice with different neighbours")
     return UnitEdit(survivor.path, tuple(path for path in paths if path != survivor.path))
+
+
+def _as_units_beside(frames: Frames, gap: Gap, emptied: Sequence[Run], model: nn.Module) -> UnitEdit:
+    """The module of the operator that stays, with the merged layer on one side of it."""
+    kept, *more = _units(frames, Run((gap.beside,)))
+    if more or len(frames.by_path[kept.path]) > 1:
+        raise Refusal(f"{kept.path} is called twice with different neighbours")
+    gone = [frame for run in emptied for frame in _units(frames, run)]
+    for frame in (kept, *gone):
+        _check_module(model, frame.path)
+    paths = [frame.path for frame in gone]
+    if len({kept.path, *paths}) != len(paths) + 1:
+        raise Refusal(f"{_duplicate([kept.path, *paths])} is called twice with different neighbours")
+    return UnitEdit(kept.path, tuple(paths), _side(gap))
+
+
+def _side(gap: Gap) -> Literal["front", "behind"]:
+    return "behind" if gap.behind else "front"
 
 
 def _read_by_name(model: nn.Module, unit: Frame) -> bool:
@@ -260,6 +287,11 @@ def open_block(run: Run) -> Block | None:
 def edge_of(run: Run) -> Edge | None:
     """The operand of a concatenation that a run is, which has no calls then."""
     return run.elements[0].edge if isinstance(run.elements[0], Via) else None
+
+
+def gap_of(run: Run) -> Gap | None:
+    """The gap that a run is, which has no calls then."""
+    return run.elements[0] if isinstance(run.elements[0], Gap) else None
 
 
 def fork_of(run: Run) -> Fork | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import fx, nn
 from torch.fx.node import Node
@@ -88,6 +88,8 @@ def _apply_units(tree: Tree, edit: UnitEdit, layer: nn.Module) -> None:
         old = tree.get(path)
         tree.put(old, stand_in(nn.Identity(), old))
     old = tree.get(edit.survivor)
+    if edit.beside is not None:
+        layer = nn.Sequential(layer, old) if edit.beside == "front" else nn.Sequential(old, layer)
     tree.put(old, stand_in(layer, old))
 
 
@@ -133,7 +135,9 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
         name = _place_name(owner, trace, home, index, taken)
         old = _child(owner, name)
         _place(owner, name, stand_in(replacement.layer, old) if old is not None else replacement.layer)
-        if edit.operand is not None:
+        if edit.beside is not None:
+            _insert_beside(graph, home, copies, edit.beside[1], name)
+        elif edit.operand is not None:
             insert_before(graph, copies[trace.made_by[edit.operand[0]]], edit.operand[1], name)
         elif edit.pieces:
             _replace_by_parts(graph, home, copies, name, edit.pieces)
@@ -171,6 +175,23 @@ def insert_before(graph: fx.Graph, node: Node, index: int, name: str) -> None:
     with graph.inserting_before(node):
         parts[index] = graph.call_module(name, (parts[index],))
     node.args = (parts, *node.args[1:])
+
+
+def _insert_beside(
+    graph: fx.Graph, part: Cut, copies: dict[Node, Node], side: Literal["front", "behind"], name: str
+) -> None:
+    """Put a call of the module ``name`` in front of the nodes of a cut, which stay, or behind them."""
+    if side == "front":
+        with graph.inserting_before(copies[part.nodes[0]]):
+            new = graph.call_module(name, (copies[part.source],))
+        for node, read in part.entries:
+            copies[node].replace_input_with(copies[read], new)
+        return
+    result = copies[part.result]
+    with graph.inserting_after(result):
+        new = graph.call_module(name, (result,))
+    result.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    copies[part.result] = new  # another replacement may begin here
 
 
 def _add_up(graph: fx.Graph, node: Node) -> None:

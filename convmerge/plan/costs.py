@@ -9,10 +9,38 @@ from torch.fx.node import Node
 
 from convmerge.cost.model import ZERO, Cost, CostModel
 from convmerge.edit.frames import Frames
-from convmerge.evidence.capture import is_tensor
+from convmerge.evidence.capture import Evidence, is_tensor
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.regions.elements import CHECKS, Chain, Element, Leaf, leaves
 from convmerge.regions.fold import Place
+
+# What goes over its input and its output once, by the ATen name or its end; other passages are views.
+_RESAMPLING = {
+    "bicubic2d": "bicubic",
+    "bicubic2d_aa": "bicubic",
+    "bilinear2d_aa": "bilinear",
+    "linear1d": "bilinear",
+    "bilinear2d": "bilinear",
+    "trilinear3d": "bilinear",
+    **{f"{name}{n}d": "nearest" for name in ("nearest", "exact") for n in (1, 2, 3)},
+    **{f"pool{n}d": "avg_pool" for n in (1, 2, 3)},
+    "mean": "mean",
+    "pad": "pad",
+}
+
+
+def passage_cost(
+    model: CostModel, evidence: Evidence, leaf: Leaf, axis: int | None = None, channels: int | None = None
+) -> Cost:
+    """What a passage costs: as it is, or with another number of channels on ``axis`` of its input."""
+    call = evidence.calls[leaf.node]
+    name = _RESAMPLING.get(call.op.split("_")[-1]) or _RESAMPLING.get("_".join(call.op.split("_")[-2:]))
+    if name is None:
+        return ZERO
+    before, after = evidence.size(leaf.source), evidence.size(leaf.node)
+    numbers = (math.prod(before) + math.prod(after)) / 2
+    share = 1.0 if axis is None or channels is None else channels / before[axis]
+    return model.operator(name, round(numbers * share), dtype=evidence.dtype(leaf.source))
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +52,10 @@ class LeafCosts:
 
     def of(self, leaf: Leaf) -> Cost:
         """An operator's cost, and that of computing its weights anew in every forward pass."""
-        if isinstance(leaf.step, Same | Passage):
+        if isinstance(leaf.step, Same):
             return ZERO
+        if isinstance(leaf.step, Passage):
+            return passage_cost(self.model, self.frames.evidence, leaf)
         weights, dtype = ZERO, self.frames.evidence.dtype(leaf.source)
         for node in self.computed(leaf):
             volume = math.prod(self.frames.evidence.size(node)) if is_tensor(node) else 0

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convmerge.emit import emissions
+from convmerge.affine import Geometry
+from convmerge.edit.lower import gap_of
+from convmerge.emit import Emission, emissions
 from convmerge.errors import Refusal
 from convmerge.plan.bordered import border_words
-from convmerge.plan.site import Denial, Part, ends_of, is_filler
+from convmerge.plan.site import Denial, Part, ends_of, is_filler, is_passage
 from convmerge.regions.blocks import is_slice
 from convmerge.regions.elements import Block, Chain, Element, Leaf
 from convmerge.regions.fold import Place, place_of
@@ -29,11 +31,26 @@ def denials(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denia
                 found.extend(planner.plan(branch).denials)
         elif part.site is None and (kept := _in_blocks(planner, element)) is not None:
             found.append(kept)
+    found += _beside_passages(planner, chain, parts)
     solid = [p for p in parts if not is_filler(chain[p.first]) or p.site is not None]
     for left, right in itertools.pairwise(solid):
         if left.site is None and is_slice(chain[left.first]):
             continue  # a view, which costs nothing where it is
         found.append(denial(planner, chain[left.first : right.last + 1]))
+    return found
+
+
+def _beside_passages(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denial]:
+    """Why what acts on channels alone does not run on the smaller side of a resampling next to it."""
+    found: list[Denial] = []
+    for left, right in itertools.pairwise(parts):
+        elements = chain[left.first : right.last + 1]
+        ends = chain[left.first], chain[right.first]
+        if left.site is right.site is None and sum(map(is_passage, ends)) == 1:
+            kept = denial(planner, elements)
+            works = kept.before is not None and kept.before.macs > 0
+            if works or ends_of(elements) in planner.forbidden:
+                found.append(kept)
     return found
 
 
@@ -73,4 +90,7 @@ def denial(planner: Planner, elements: Chain) -> Denial:
         return Denial(elements, place, "another grouping is cheaper", before, site.after)
     if site.blocks is not None and site.after.latency >= before.latency:
         return Denial(elements, place, f"costs no less as {site.blocks.words}", before, site.after)
-    return Denial(elements, place, "costs more as one operator", before, site.after)
+    where = "as one operator"
+    if (gap := gap_of(site.home)) is not None:
+        where = f"on the other side of the {gap.kind}"
+    return Denial(elements, place, f"costs more {where}", before, site.after)

@@ -14,7 +14,7 @@ from convmerge.affine import Affine
 from convmerge.algebra import split
 from convmerge.cost.model import ZERO, Cost
 from convmerge.errors import Refusal
-from convmerge.plan.site import ChainPlan, Denial, Part, Site, is_passage, is_same
+from convmerge.plan.site import ChainPlan, Denial, Part, Site, is_same
 from convmerge.recognise import BorderFill, Filter, Same, Scalar
 from convmerge.regions.elements import Chain, Element, Join, Leaf, Regions, Share, Via, leaves
 from convmerge.regions.fold import Place, place_of
@@ -247,7 +247,7 @@ def _ended(planner: Planner, chain: Chain, own: int, moved: Cost) -> list[Part] 
     alone = isinstance(via, Via) and via.edge is not None
     for first in reversed(range(max(0, own - planner.window), own + alone)):
         elements = chain[first:]
-        if is_passage(chain[first]) or (first < own and all(is_same(e) for e in chain[first:own])):
+        if first < own and all(is_same(e) for e in chain[first:own]):
             continue
         try:
             site = planner.site(elements, planner.cost_as_is(chain[first:own]) + moved)

@@ -17,10 +17,11 @@ from convmerge.evidence.capture import Evidence
 from convmerge.plan.blockwise import FREE_MACS, in_order, order_cost, relaid
 from convmerge.plan.bordered import border_option
 from convmerge.plan.dtypes import check_dtypes
-from convmerge.plan.site import Site, at_home, before_join, check_place, is_same, run_geometries, runs_of
+from convmerge.plan.homes import Geometries, at_home, homes, passages_cost, with_gaps
+from convmerge.plan.site import Site, before_join, check_place, is_same, run_geometries, runs_of
 from convmerge.recognise import Filter
 from convmerge.regions.blocks import Patterns, blocks_of, has_structure, moves_channels
-from convmerge.regions.elements import Chain, Element, Leaf, Share
+from convmerge.regions.elements import Chain, Element, Leaf, Share, calls_of
 from convmerge.regions.fold import Place, after, cover_geometry, covers_map, fold_geometry
 
 Ways = Callable[[Geometry], Sequence[Emission]]
@@ -105,10 +106,32 @@ class Maker:
         return replace(blocks_alone, emission=p)
 
     def _whole(self, elements: Chain, place: Place, before: Cost) -> Site:
+        elements = with_gaps(elements)
         runs = runs_of(elements)
         geometries = run_geometries(self.evidence, elements, runs)
-        parts = [before_join(run) for run in runs]
-        home, geometry = at_home(geometries, [part is not None for part in parts])
+        possible = [before_join(run) is not None for run in runs]
+        options: list[Site] = []
+        refusal: Refusal | None = None
+        for home in homes(geometries, runs, possible):
+            try:
+                options.append(self._at(elements, place, before, runs, geometries, home))
+            except Refusal as refused:
+                refusal = refusal or refused
+        if not options and refusal is not None:
+            raise refusal
+        return min(options, key=lambda site: site.after.key(self.objective))
+
+    def _at(
+        self,
+        elements: Chain,
+        place: Place,
+        before: Cost,
+        runs: Sequence[Run],
+        geometries: Geometries,
+        home: int,
+    ) -> Site:
+        """The elements as one operator in place of the run ``home``. Raises Refusal."""
+        geometry = at_home(geometries, home)
         home_place = geometries[home][0]
         if covers_map(elements):
             geometry = cover_geometry(geometry, home_place.size)
@@ -117,9 +140,12 @@ class Maker:
         spare = FREE_MACS if geometry.spatial == 0 and geometry.groups > 1 and before.macs else 0
         dtype = self.evidence.dtype(elements[0].source)
         emission, cost = self.cheapest(ways, home_place, dtype, before, spare)
+        parts = [before_join(run) for run in runs]
         kept = parts[home]
         assert kept is not None
-        emptied = [part for index, part in enumerate(parts) if index != home and part is not None]
+        cost = cost + passages_cost(self.model, self.evidence, elements, kept, geometry)
+        rest = [part for index, part in enumerate(parts) if index != home and part is not None]
+        emptied = [part for part in rest if calls_of(part.elements)]
         if moved := tuple(e.of for e in elements if isinstance(e, Share) and e.constant):
             emptied.append(Run(moved))
         return Site(

@@ -99,15 +99,16 @@ class Planner:
         """Every segment that begins at ``first`` and can be one operator, or one element left as it is."""
         parts = [Part(first, first, self._cost_as_is(chain[first]), None)]
         if is_passage(chain[first]):
-            return [*parts, *self._relaid_parts(chain, first)]
+            return [*parts, *self._relaid_parts(chain, first), *self._moved_parts(chain, first)]
         before = ZERO
         solid = 0
         for last in range(first, min(first + self.window, len(chain))):
             before = before + self._cost_as_is(chain[last])
-            if is_filler(chain[last]):
+            moves = is_passage(chain[last]) and solid > 0  # what is before it could run behind it
+            if is_filler(chain[last]) and not moves:
                 continue
-            solid += 1
-            if solid == 1 and isinstance(chain[last], Leaf) and not self._alone(chain[last]):
+            solid += not moves
+            if solid == 1 and not moves and isinstance(chain[last], Leaf) and not self._alone(chain[last]):
                 continue
             # Identities behind belong to the site: a module that ends in one can then be replaced whole.
             end = last
@@ -119,6 +120,8 @@ class Planner:
             try:
                 site = self.site(elements, before)
             except Refusal:
+                if moves:
+                    continue
                 if not any(is_passage(e) for e in elements):
                     parts.extend(self._bordered_parts(chain, first, last))
                     break
@@ -170,6 +173,25 @@ class Planner:
                 break
             if site is not None and self.pays(site):
                 parts.append(Part(first, last, site.after, site))
+        return parts
+
+    def _moved_parts(self, chain: Chain, first: int) -> list[Part]:
+        """Segments that begin with a passage, where what follows it pays in front of it."""
+        parts: list[Part] = []
+        before = self._cost_as_is(chain[first])
+        for last in range(first + 1, min(first + self.window, len(chain))):
+            before = before + self._cost_as_is(chain[last])
+            if is_filler(chain[last]):
+                continue
+            end = last
+            while end + 1 < len(chain) and is_same(chain[end + 1]):
+                end += 1
+            try:
+                site = self.site(chain[first : end + 1], before)
+            except Refusal:
+                break
+            if site is not None and self.pays(site):
+                parts.append(Part(first, end, site.after, site))
         return parts
 
     def _alone(self, element: Element) -> bool:

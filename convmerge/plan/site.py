@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx.node import Node
 
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import lift, lift_geometry
+from convmerge.algebra import lift
 from convmerge.borders.classes import Bordered
-from convmerge.borders.leaks import join, join_geometry
+from convmerge.borders.leaks import join
 from convmerge.cost.model import Cost
 from convmerge.edit.edits import Run
 from convmerge.emit import Emission
@@ -20,7 +19,7 @@ from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence
 from convmerge.recognise import Passage, Same
 from convmerge.regions.blocks import Blocks
-from convmerge.regions.elements import Chain, Element, Fork, Join, Leaf, Share, Via
+from convmerge.regions.elements import Chain, Element, Fork, Gap, Join, Leaf, Share, Via
 from convmerge.regions.fold import (
     Place,
     axes_along,
@@ -162,32 +161,6 @@ def before_join(run: Run) -> Run | None:
     return Run((via,)) if isinstance(via, Via) and via.edge is not None else None
 
 
-def at_home(geometries: Sequence[tuple[Place, Geometry]], possible: Sequence[bool]) -> tuple[int, Geometry]:
-    """Which run keeps the merged operator, among those where that is ``possible``; its geometry there.
-
-    Everything pointwise can move past a passage; what is not pointwise stays where it is.
-    """
-    fixed = [index for index, (_, geometry) in enumerate(geometries) if not geometry.pointwise]
-    if len(fixed) > 1:
-        raise Refusal("a relayout or a resampling stands between two filters with spatial extent")
-    home = fixed[0] if fixed else _smallest(geometries, possible)
-    if not possible[home]:
-        raise Refusal("a term of the sum ends in no filter that it could merge with")
-    spatial = geometries[home][1].spatial
-    folded: Geometry | None = None
-    for index, (_, geometry) in enumerate(geometries):
-        moved = geometry if index == home else lift_geometry(geometry, spatial)
-        folded = moved if folded is None else join_geometry(moved, folded)
-    assert folded is not None
-    return home, folded
-
-
-def _smallest(geometries: Sequence[tuple[Place, Geometry]], possible: Sequence[bool]) -> int:
-    """The run with the fewest positions; the last of equals, so that nothing large is computed early."""
-    positions = [math.prod(place.size) * place.batch for place, _ in geometries]
-    return min(range(len(positions)), key=lambda index: (not possible[index], positions[index], -index))
-
-
 def check_place(geometry: Geometry, place: Place) -> None:
     """The layers of torch.nn take channels on axis 1 (0 without a batch), or on the last axis."""
     rank = len(place.shape)
@@ -204,7 +177,8 @@ def is_filler(element: Element) -> bool:
 
 
 def is_same(element: Element) -> bool:
-    return isinstance(element, Leaf) and isinstance(element.step, Same)
+    """Whether an element hands its value on, and no layer can stand there."""
+    return isinstance(element, Leaf) and isinstance(element.step, Same) and not isinstance(element, Gap)
 
 
 def is_passage(element: Element) -> bool:

@@ -62,6 +62,24 @@ class Via(Leaf):
 
 
 @dataclass(frozen=True, eq=False)
+class Gap(Leaf):
+    """A value beside an operator that pointwise forms move past: a new layer can stand there. No call.
+
+    Attributes:
+        beside: the operator.
+        behind: whether the value is what the operator gives; else it is what the operator takes.
+    """
+
+    beside: Leaf = field(kw_only=True)
+    behind: bool = field(kw_only=True)
+
+    @property
+    def kind(self) -> str:
+        """The operator in words."""
+        return getattr(self.beside.step, "kind", "operator")
+
+
+@dataclass(frozen=True, eq=False)
 class Share(Leaf):
     """What an operator after a join makes of one of the joined terms; ``node`` is the operator's call.
 

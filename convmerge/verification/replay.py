@@ -90,13 +90,20 @@ class Replay:
             return [(*lead, place.channels, *size) for size in border_canvases(self._site.emission)]
         if len(place.size) != g.spatial:
             return [(*lead, *place.shape[place.axis :])]
-        need = [_canvas(*dim) for dim in zip(g.kernel, g.dilation, g.lo, g.hi, g.up, strict=True)]
+        least = self._reflected() + 1
+        dims = zip(g.kernel, g.dilation, g.lo, g.hi, g.up, strict=True)
+        need = [max(_canvas(*dim), least) for dim in dims]
         small = [
             tuple(n + i % 2 for i, n in enumerate(need)),
             tuple(n + 2 - i % 2 for i, n in enumerate(need)),
             tuple(n + -n % d for n, d in zip(need, g.down, strict=True)),
         ]
         return [(*lead, place.channels, *size) for size in dict.fromkeys(small)]
+
+    def _reflected(self) -> int:
+        """How far padding other than by zeros reaches into the map."""
+        pads = [self._evidence.calls[node] for node in self._calls if self._evidence.calls[node].op == "pad"]
+        return max((abs(int(n)) for call in pads for n in call.args["pad"]), default=0)
 
     def _walk(self, elements: Sequence[Element], x: Tensor) -> Tensor:
         """Elements in a row, by the calls that they stand for."""
@@ -163,7 +170,11 @@ class Replay:
         if isinstance(element.step, Same):
             return x
         if isinstance(element.step, Passage):
-            return self._run([element.node], {element.source: x})[element.node].abs()
+            y = self._run([element.node], {element.source: x})[element.node].abs()
+            if "bicubic" not in self._evidence.calls[element.node].op:
+                return y
+            # Some weights are negative; with those of a point, the sum of the absolute ones is below two.
+            return torch.full_like(y, 2 * float(x.max()))
         if id(element) not in self._absolute:
             place = place_of(self._evidence, [element]) or Place(self._site.place.axis, tuple(x.shape))
             self._absolute[id(element)] = absolute(numbers_of(element, place)), place.axis
