@@ -121,7 +121,7 @@ def fails_by_itself(draw: Draw) -> str:
             merged.graph.erase_node(node)
     merged.recompile()
     for dim, side in enumerate(b.sides):
-        for size in range(1, side.ends.minimum) if side.ends.blocks else ():
+        for size in range(1, side.ends.minimum) if len(side.segments) > 1 else ():
             x = draw.input(
                 chain[0].geometry.in_channels, [size if d == dim else n for d, n in enumerate(b.minimum)]
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 import re
 from collections import Counter
@@ -87,11 +88,11 @@ def merged(context: Context, elements: Chain, seed: int) -> str:
         if any(map(is_passage, elements)):
             raise
         b = bordered(border_stages(elements, place))
-        if b.whole.weights * len(b.keys) > LARGEST:
+        if sum(b.layer(key).weights * math.prod(b.residues(key)) for key in b.keys) > LARGEST:
             return "too large to try"
-        site = Site(elements, place, Run(elements), (), place, b.whole, b, ZERO, ZERO)
+        site = Site(elements, place, Run(elements), (), place, b.low, b, ZERO, ZERO)
         layers = [build_bordered(b, border_numbers(elements, place), torch.float64)]
-        how, smallest = "border classes", b.minimum
+        how, smallest = "border classes" if len(b.keys) > 1 else "blocks", b.minimum
     replay = Replay(site, evidence, context.constants)
     generator = random.Random(seed)
     compared = 0

@@ -1,9 +1,10 @@
-"""Chains whose padding leaks taps, as one kernel for the inside and one for every border class (remedy 3).
+"""Chains with padding or several rates inside: a kernel for the inside and one for every border (remedy 3).
 
-Per dimension only the first and the last few output blocks differ from the composition (see
-:mod:`convmerge.algebra.ends`). Which intermediate positions exist is decided dimension by dimension, so a
-border class of a map is one choice per dimension: a corner, a side, or the inside. The kernel of a class is
-the adjoint of the chain applied to unit outputs at one place of that class: what such an output is made of.
+A chain in blocks (see :mod:`convmerge.algebra.blocked`) is one strided convolution, but for the first and
+the last few blocks of every dimension (see :mod:`convmerge.algebra.ends`). Which intermediate positions
+exist is decided dimension by dimension, so a border class of a map is one choice per dimension: a corner, a
+side, or the inside. The kernel of a class is the adjoint of the chain applied to unit outputs at its place:
+what such outputs are made of. All border blocks at one end are one class, with a channel for each of them.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from convmerge.affine import Affine, Dims, Geometry
-from convmerge.algebra import compose_geometry
 from convmerge.algebra.axis import Axis, axes, from_axes, words
-from convmerge.algebra.ends import Ends, Offset, Piece, chain_ends
-from convmerge.algebra.polyphase import polyphase_axis, polyphase_geometry
+from convmerge.algebra.blocked import Blocked, blocked
+from convmerge.algebra.ends import Border, Ends, Offset, chain_ends
 from convmerge.errors import Refusal
 
 Key = tuple[int, ...]  # per dimension: which of its segments
@@ -34,21 +34,52 @@ class Side:
 
     Attributes:
         ends: the border blocks.
-        inner: on the whole input, at the rate of the blocks; its padding is what the first and the last of
-            the inner blocks need, negative where these do not reach the ends of the input.
+        blocked: the chain in blocks, where nothing is cut off.
     """
 
     ends: Ends
-    inner: Axis
+    blocked: Blocked
 
     @property
-    def segments(self) -> tuple[Piece | Axis, ...]:
+    def inner(self) -> Axis:
+        """The blocks between the borders, on the whole input; its padding is what the first and the last of
+        them need, negative where these do not reach the ends of the input.
+        """
+        axis = self.blocked.axis
+        lo, hi = axis.lo - axis.down * self.ends.heads, axis.hi - axis.down * self.ends.tails
+        return axis._replace(lo=lo, hi=hi)
+
+    @property
+    def segments(self) -> tuple[Border | Axis, ...]:
         """In the order of the output: first blocks, all inner ones, last blocks."""
-        return (*self.ends.first, self.inner, *self.ends.last)
+        ends = self.ends
+        return tuple(segment for segment in (ends.first, self.inner, ends.last) if segment is not None)
 
     def residues(self, segment: int) -> int:
         """How many kernels the segment has, one for each residue of the input size."""
-        return self.ends.residues if segment > len(self.ends.first) else 1
+        return self.ends.residues if segment > bool(self.ends.first) else 1
+
+    def start(self, segment: int, blocks: int) -> int:
+        """The first of ``blocks`` output blocks that a segment computes."""
+        if segment > bool(self.ends.first):
+            return blocks - self.ends.tails
+        return segment * self.ends.heads
+
+    def together(self, segment: int) -> int:
+        """How many blocks one position of the segment's output holds."""
+        found = self.segments[segment]
+        return found.blocks if isinstance(found, Border) else 1
+
+    @property
+    def period(self) -> int:
+        """Input sizes that agree modulo this are treated alike."""
+        return max(self.ends.residues, len(self.blocked.excess) if self.excess is None else 1)
+
+    @property
+    def excess(self) -> int | None:
+        """Outputs too many in the last block; None where that depends on the input size."""
+        found = set(self.blocked.excess)
+        return found.pop() if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -57,22 +88,24 @@ class Bordered:
 
     Attributes:
         stages: the chain, in the order it runs.
-        whole: its composition, which is what the interior computes.
-        low: ``whole`` at the rate of the blocks, with a channel for each phase.
-        crop: outputs too many at the end of each dimension once the phases are interleaved.
+        low: the chain in blocks where nothing is cut off, which is what the interior computes; it has a
+            channel (c, *phase) for each output of a block.
         sides: one for each dimension.
     """
 
     stages: tuple[Geometry, ...]
-    whole: Geometry
     low: Geometry
-    crop: Dims
     sides: tuple[Side, ...]
 
     @property
     def rates(self) -> Dims:
         """By how much the phases are interleaved at the end."""
-        return self.whole.up
+        return tuple(side.blocked.rates.outputs for side in self.sides)
+
+    @property
+    def out_channels(self) -> int:
+        """Number of channels after that."""
+        return self.stages[-1].out_channels
 
     @property
     def minimum(self) -> Dims:
@@ -84,20 +117,20 @@ class Bordered:
         """All classes, the interior included."""
         return list(itertools.product(*(range(len(side.segments)) for side in self.sides)))
 
-    @property
-    def interior(self) -> Key:
-        """The class of what no padding inside the chain reaches."""
-        return tuple(len(side.ends.first) for side in self.sides)
-
     def residues(self, key: Key) -> Dims:
         """Per dimension the number of kernels that a class has."""
         return tuple(side.residues(k) for side, k in zip(self.sides, key, strict=True))
+
+    def together(self, key: Key) -> Dims:
+        """Per dimension how many blocks one position of a class holds, as channels (c, *phase, *block)."""
+        return tuple(side.together(k) for side, k in zip(self.sides, key, strict=True))
 
     def layer(self, key: Key) -> Geometry:
         """The convolution of a class, on the slice of the input that it reads."""
         segments = [side.segments[k] for side, k in zip(self.sides, key, strict=True)]
         dims = [s if isinstance(s, Axis) else Axis(s.length, 1, 1, 1, 0, 0) for s in segments]
-        return from_axes(self.low.in_channels, self.low.out_channels, self.low.groups, dims, self.low.bias)
+        out = self.low.out_channels * math.prod(self.together(key))
+        return from_axes(self.low.in_channels, out, self.low.groups, dims, self.low.bias)
 
     def layer_size(self, key: Key, size: Sequence[int]) -> Dims:
         """The size of that slice where the input is of ``size``."""
@@ -109,36 +142,42 @@ class Bordered:
         shuffle = f" → phases interleaved {words(self.rates)}" if max(self.rates) > 1 else ""
         stride = f", stride {words(g.down)}" if max(g.down) > 1 else ""
         kernel = f"Conv{n}d({g.in_channels}, {g.out_channels}, {words(g.kernel)}{stride})"
-        bound = [str(side.ends.minimum) if side.ends.blocks else "any" for side in self.sides]
+        if len(self.keys) == 1:
+            return f"{kernel}{shuffle}"
+        bound = [str(side.ends.minimum) if len(side.segments) > 1 else "any" for side in self.sides]
         return f"{len(self.keys)} border classes of {kernel}{shuffle}, for inputs from {'×'.join(bound)} up"
 
 
 @lru_cache(maxsize=4096)
 def bordered(stages: tuple[Geometry, ...]) -> Bordered:
-    """Border classes of a chain of forms.
+    """A chain of forms in blocks, with border classes where padding inside the chain makes a difference.
 
     Raises:
-        Refusal: the rates do not compose or cannot be interleaved, or see ``chain_ends``.
+        Refusal: see ``chain_ends``; or a number of dimensions that torch.nn has no convolution of.
         ValueError: the forms do not fit together.
     """
-    whole = composition(stages)
-    if not 1 <= whole.spatial <= 3:
-        raise Refusal(f"torch.nn has no convolution of {whole.spatial} dimensions")
-    low = polyphase_geometry(whole, (0,) * whole.spatial)
-    crop = tuple(polyphase_axis(axis, 0).crop for axis in axes(whole))
+    low = blocked_geometry(stages)
+    if not 1 <= low.spatial <= 3:
+        raise Refusal(f"torch.nn has no convolution of {low.spatial} dimensions")
     offsets = tuple(Offset(stage.bias, stage.ones) for stage in stages)
-    sides = []
-    for chain, axis in zip(zip(*map(axes, stages), strict=True), axes(low), strict=True):
-        ends = chain_ends(tuple(chain), offsets)
-        lo, hi = axis.lo - axis.down * len(ends.first), axis.hi - axis.down * len(ends.last)
-        sides.append(Side(ends, axis._replace(lo=lo, hi=hi)))
-    return Bordered(stages, whole, low, crop, tuple(sides))
+    chains = zip(*map(axes, stages), strict=True)
+    return Bordered(stages, low, tuple(Side(chain_ends(chain, offsets), blocked(chain)) for chain in chains))
 
 
-def composition(stages: Sequence[Geometry]) -> Geometry:
-    """The stages as one form, as it is where no border is near: what fades is a bias like any other there."""
-    plain = [replace(stage, bias=stage.bias or stage.ones, ones=False) for stage in stages]
-    return reduce(lambda inner, outer: compose_geometry(outer, inner), plain)
+@lru_cache(maxsize=4096)
+def blocked_geometry(stages: tuple[Geometry, ...]) -> Geometry:
+    """The stages in blocks, as they are where no border is near: what fades is a bias like any other there.
+
+    Raises ValueError where they do not fit together.
+    """
+    for inner, outer in itertools.pairwise(stages):
+        if (outer.in_channels, outer.spatial) != (inner.out_channels, inner.spatial):
+            raise ValueError(f"{outer} does not take the output of {inner}")
+    dims = [blocked(chain) for chain in zip(*map(axes, stages), strict=True)]
+    out = stages[-1].out_channels * math.prod(d.rates.outputs for d in dims)
+    groups = math.gcd(*(stage.groups for stage in stages))
+    bias = any(stage.bias or stage.ones for stage in stages)
+    return from_axes(stages[0].in_channels, out, groups, [d.axis for d in dims], bias)
 
 
 def class_form(b: Bordered, forms: Sequence[Affine], key: Key, residue: Sequence[int]) -> Affine:
@@ -150,9 +189,9 @@ def class_form(b: Bordered, forms: Sequence[Affine], key: Key, residue: Sequence
     """
     size = [_canvas(side, r) for side, r in zip(b.sides, residue, strict=True)]
     blocks = b.low.out_size(size)
-    at = [_block_of(side, k, n) for side, k, n in zip(b.sides, key, blocks, strict=True)]
+    at = [side.start(k, n) for side, k, n in zip(b.sides, key, blocks, strict=True)]
     weight = _kernel(b, forms, key, size, at)
-    bias = _bias(b, forms, size, at) if b.low.bias else None
+    bias = _bias(b, forms, key, size, at) if b.low.bias else None
     return Affine(b.layer(key), weight, bias)
 
 
@@ -162,22 +201,21 @@ def _canvas(side: Side, residue: int) -> int:
     return least + (residue - least) % side.ends.residues
 
 
-def _block_of(side: Side, segment: int, blocks: int) -> int:
-    """An output block that the segment computes: the first of those inside."""
-    return segment if segment <= len(side.ends.first) else blocks - len(side.segments) + segment
-
-
 def _kernel(b: Bordered, forms: Sequence[Affine], key: Key, size: Sequence[int], at: Sequence[int]) -> Tensor:
-    """The weights of one class: (out * phases, in / groups, *kernel)."""
-    # Outside the border classes nothing that is cut off matters, so the inner taps are kept in full.
-    whole = [k == len(side.ends.first) for side, k in zip(b.sides, key, strict=True)]
+    """The weights of one class: (out * phases * blocks, in / groups, *kernel)."""
+    # Inside, nothing that is cut off matters, so the inner taps are kept in full.
+    whole = [isinstance(side.segments[k], Axis) for side, k in zip(b.sides, key, strict=True)]
     sizes = [tuple(size)]
     for form in forms:
         sizes.append(form.geometry.out_size(sizes[-1]))
-    groups, rate = b.low.groups, b.whole.up
-    per_group = b.whole.out_channels // groups
-    units = torch.eye(per_group * math.prod(rate), dtype=torch.float64)
-    window = units.reshape(-1, per_group, *rate).repeat(1, groups, *(1 for _ in rate))  # every group at once
+    groups, rate, together = b.low.groups, b.rates, b.together(key)
+    per_group = b.out_channels // groups
+    outputs = [u * a for u, a in zip(rate, together, strict=True)]
+    units = torch.eye(per_group * math.prod(outputs), dtype=torch.float64)
+    units = _by_phase(units.reshape(per_group, *outputs, -1), rate, together).flatten(0, -2)
+    window = units.reshape(-1, per_group, *outputs).repeat(
+        1, groups, *(1 for _ in rate)
+    )  # all groups at once
     start = [q * u for q, u in zip(at, rate, strict=True)]
     for form, below in zip(reversed(forms), reversed(sizes[:-1]), strict=True):
         limits = [None if free else n for free, n in zip(whole, below, strict=True)]
@@ -188,13 +226,21 @@ def _kernel(b: Bordered, forms: Sequence[Affine], key: Key, size: Sequence[int],
     return blocks.transpose(0, 1).flatten(0, 1).contiguous()
 
 
+def _by_phase(outputs: Tensor, rates: Sequence[int], together: Sequence[int]) -> Tensor:
+    """(c, *positions, ...) → (c, *phase, *block, ...), where positions are blocks of phases in a row."""
+    n = len(rates)
+    turns = (size for u, a in zip(rates, together, strict=True) for size in (a, u))
+    outputs = outputs.reshape(len(outputs), *turns, *outputs.shape[n + 1 :])
+    return outputs.movedim(tuple(range(2, 2 * n + 1, 2)), tuple(range(1, n + 1)))
+
+
 def _read(side: Side, segment: int, block: int, size: int) -> list[int]:
     """The input positions under the taps of a segment's kernel, at one of its blocks."""
     s = side.segments[segment]
-    if isinstance(s, Piece):
-        origin = 0 if segment < len(side.ends.first) else size
+    if isinstance(s, Border):
+        origin = size if segment > bool(side.ends.first) else 0
         return [origin + i for i in range(s.start, s.stop)]
-    first = s.down * (block - len(side.ends.first)) - s.lo
+    first = s.down * (block - side.ends.heads) - s.lo
     return [first + s.dilation * t for t in range(s.kernel)]
 
 
@@ -234,17 +280,19 @@ def _taken(window: Tensor, dim: int, positions: Sequence[int]) -> Tensor:
     return taken.index_copy(dim, into, window.index_select(dim, source))
 
 
-def _bias(b: Bordered, forms: Sequence[Affine], size: Sequence[int], at: Sequence[int]) -> Tensor:
-    """What the chain makes of zeros in a block: (out * phases,)."""
-    y = torch.zeros(1, b.whole.in_channels, *size, dtype=torch.float64)
+def _bias(b: Bordered, forms: Sequence[Affine], key: Key, size: Sequence[int], at: Sequence[int]) -> Tensor:
+    """What the chain makes of zeros in the blocks of a class: (out * phases * blocks,)."""
+    y = torch.zeros(1, b.low.in_channels, *size, dtype=torch.float64)
     for form in forms:
         y = form(y)
-    bias = y.new_zeros(b.whole.out_channels, *b.whole.up)
-    block = y[0]
-    for dim, (q, u) in enumerate(zip(at, b.whole.up, strict=True)):
-        block = block.narrow(dim + 1, q * u, min(u, block.shape[dim + 1] - q * u))
-    bias[(slice(None), *(slice(n) for n in block.shape[1:]))] = block
-    return bias.flatten()
+    together = b.together(key)
+    counts = [u * a for u, a in zip(b.rates, together, strict=True)]
+    bias = y.new_zeros(b.out_channels, *counts)
+    found = y[0]
+    for dim, (q, u, n) in enumerate(zip(at, b.rates, counts, strict=True)):
+        found = found.narrow(dim + 1, q * u, min(n, found.shape[dim + 1] - q * u))
+    bias[(slice(None), *(slice(n) for n in found.shape[1:]))] = found
+    return _by_phase(bias, b.rates, together).flatten()
 
 
 def residues_of(b: Bordered, key: Key) -> Iterator[tuple[int, ...]]:

@@ -182,7 +182,7 @@ def runnable(subject: Subject, memory_format: torch.memory_format = torch.contig
     what = subject.what
     if isinstance(what, Bordered):
         module: nn.Module = build_bordered(what, [_random(g) for g in what.stages], subject.dtype)
-        channels = what.whole.in_channels
+        channels = what.low.in_channels
     elif isinstance(what, Operator):
         module, channels = _operator(what, subject), what.channels
     else:

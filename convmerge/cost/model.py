@@ -162,7 +162,7 @@ def bordered_cost(
         weights = cost.weights * math.prod(b.residues(key))
         total = total + replace(cost, latency=cost.latency + JOINT, weights=weights)
     outputs = batch * b.low.out_channels * math.prod(b.low.out_size(size))
-    joins = sum(side.ends.blocks > 0 for side in b.sides)
+    joins = sum(len(side.segments) > 1 for side in b.sides)
     for _ in range(joins):
         total = total + operator_cost("pad", outputs, dtype=dtype)
     if max(b.rates) > 1:

@@ -1,4 +1,4 @@
-"""Border classes as torch operators: slices, convolutions, concatenation, phases interleaved at the end."""
+"""Chains in blocks as torch operators: slices, convolutions, concatenation, phases interleaved at the end."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def build_bordered(
 ) -> fx.GraphModule:
     """A module that computes the chain ``forms``, every weight rounded once from float64.
 
-    It is a torch.fx.GraphModule of class ``BorderedConv1d``, ``2d`` or ``3d``, takes (N, C, *spatial) or
-    (C, *spatial), and raises an AssertionError for inputs below ``b.minimum``.
+    It is a torch.fx.GraphModule of class ``BorderedConv1d``, ``2d`` or ``3d``, or ``BlockedConv1d``, ... if
+    there are no borders. It takes (N, C, *spatial) or (C, *spatial), and raises an AssertionError for inputs
+    below ``b.minimum`` in a dimension with border classes.
 
     Raises:
         Refusal: a weight is too large for ``dtype``.
@@ -44,18 +45,17 @@ def build_bordered(
     layers = _Layers(root, dtype, style)
     for key in b.keys:
         layers.add(b, forms, key)
-    return plain_graph_module(root, _Writer(b).write(), f"BorderedConv{b.low.spatial}d")
+    name = "BorderedConv" if len(b.keys) > 1 else "BlockedConv"
+    return plain_graph_module(root, _Writer(b).write(), f"{name}{b.low.spatial}d")
 
 
 def class_name(b: Bordered, key: Key) -> str:
-    """``interior``, ``top``, ``top_left``, ...; numbered where a side has several border blocks."""
+    """``interior``, ``top``, ``top_left``, ..."""
     words = []
     for side, segment, (first, last) in zip(b.sides, key, _SIDES[-len(key) :], strict=True):
-        heads, tails = len(side.ends.first), len(side.ends.last)
-        if segment < heads:
-            words.append(first + (str(segment) if heads > 1 else ""))
-        elif segment > heads:
-            words.append(last + (str(segment - heads - 1) if tails > 1 else ""))
+        inner = int(side.ends.first is not None)
+        if segment != inner:
+            words.append(first if segment < inner else last)
     return "_".join(words) or "interior"
 
 
@@ -109,28 +109,44 @@ class _Writer:
         self.n = b.low.spatial
         self.graph = fx.Graph()
         self.remainders: dict[int, Node] = {}  # by dimension: the residue of the input size
+        self.lengths: dict[int, Node] = {}  # by dimension: the output size where no constant tells it
 
     def write(self) -> fx.Graph:
         x = self.graph.placeholder("x")
         for dim, side in enumerate(self.b.sides):
-            if side.ends.blocks:
+            if len(side.segments) > 1 or side.excess is None:
                 self._measure(x, dim)
         y = self._assembled(x, ())
         if max(self.b.rates) > 1:
-            dims = [Interleaving(up, 0, crop) for up, crop in zip(self.b.rates, self.b.crop, strict=True)]
-            y = interleave(self.graph, y, self.b.whole.out_channels, dims)
+            dims = [Interleaving(side.blocked.rates.outputs, 0, side.excess or 0) for side in self.b.sides]
+            y = interleave(self.graph, y, self.b.out_channels, dims)
+            y = self._counted(y)
         self.graph.output(y)
         return self.graph
 
     def _measure(self, x: Node, dim: int) -> None:
-        """Check one dimension of the input, and take its size modulo the residues."""
-        ends = self.b.sides[dim].ends
+        """Check one dimension of the input, and compute from its size what depends on it."""
+        side, ends = self.b.sides[dim], self.b.sides[dim].ends
         size = self.graph.call_method("size", (x, dim - self.n))
-        least = "×".join(map(str, self.b.minimum))
-        message = f"the merged convolution needs an input of at least {least}"
-        self._call(torch._assert, self._call(operator.ge, size, ends.minimum), message)
+        if len(side.segments) > 1:
+            least = "×".join(map(str, self.b.minimum))
+            message = f"the merged convolution needs an input of at least {least}"
+            self._call(torch._assert, self._call(operator.ge, size, ends.minimum), message)
         if ends.residues > 1:
             self.remainders[dim] = self._call(operator.mod, size, ends.residues)
+        if side.excess is None:
+            for count in side.blocked.counts:
+                size = self._call(operator.mul, size, count.times) if count.times > 1 else size
+                size = self._call(operator.add, size, count.plus) if count.plus else size
+                size = self._call(operator.floordiv, size, count.over) if count.over > 1 else size
+            self.lengths[dim] = size
+
+    def _counted(self, y: Node) -> Node:
+        """As many outputs as there are, where the last block has more in a way that depends on the size."""
+        if not self.lengths:
+            return y
+        kept = (slice(None, self.lengths.get(dim)) for dim in range(self.n))
+        return self.graph.call_method("contiguous", (self._call(operator.getitem, y, (..., *kept)),))
 
     def _assembled(self, x: Node, chosen: Key) -> Node:
         """All classes with the segments ``chosen`` in the leading dimensions, concatenated."""
@@ -167,6 +183,20 @@ class _Writer:
         return self._call(operator.getitem, x, index)
 
     def _convolved(self, x: Node, key: Key) -> Node:
+        """One class, its blocks in a row."""
+        y = self._convolution(x, key)
+        together = self.b.together(key)
+        if max(together) == 1:
+            return y
+        # (..., channels, a1, ..., an, s1, ..., sn), where a or s is 1 in every dimension.
+        y = self.graph.call_method("unflatten", (y, -self.n - 1, (self.b.low.out_channels, *together)))
+        places = tuple(range(-2 * self.n, 0))
+        y = self.graph.call_method("movedim", (y, places[: self.n], places[::2]))
+        for dim in range(self.n):
+            y = self.graph.call_method("flatten", (y, -2 - dim, -1 - dim))
+        return y
+
+    def _convolution(self, x: Node, key: Key) -> Node:
         name = class_name(self.b, key)
         residues = self.b.residues(key)
         if max(residues) == 1:

@@ -9,7 +9,7 @@ import torch
 
 from convmerge.affine import Affine, Geometry
 from convmerge.algebra.axis import words
-from convmerge.borders.classes import Bordered, bordered, composition
+from convmerge.borders.classes import Bordered, blocked_geometry, bordered
 from convmerge.cost.model import Cost, CostModel
 from convmerge.errors import Refusal
 from convmerge.recognise import Same
@@ -52,7 +52,7 @@ def border_option(
         Refusal: they are not exact, not for maps as small as these, or hopeless for what follows too.
     """
     stages = border_stages(elements, place)
-    macs = place.batch * composition(stages).macs(place.size)
+    macs = place.batch * blocked_geometry(stages).macs(place.size)
     if macs > HOPELESS * max(before.macs, 1):
         raise Refusal(f"{macs / max(before.macs, 1):.0f}× the MACs as one operator")
     if macs > before.macs or place.axis > 1:
@@ -83,7 +83,7 @@ def border_words(
 
 def border_canvases(b: Bordered) -> list[tuple[int, ...]]:
     """Input sizes to check border classes at: the smallest, each of the next seven, and all residues."""
-    span, residues = 8, max(side.ends.residues for side in b.sides)
+    span, residues = 8, max(side.period for side in b.sides)
     span = math.lcm(span, residues)
     strides = (1, 3, 5)
     sizes = [

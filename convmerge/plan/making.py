@@ -165,8 +165,8 @@ class Maker:
         if option is None:
             return None
         b, cost = option
-        check_place(b.whole, place)
-        return Site(elements, place, Run(elements), (), place, b.whole, b, before, cost)
+        check_place(b.low, place)
+        return Site(elements, place, Run(elements), (), place, b.low, b, before, cost)
 
     def cheapest(
         self, ways: Sequence[Emission], place: Place, dtype: torch.dtype, before: Cost, spare: int = 0
