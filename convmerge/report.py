@@ -173,6 +173,8 @@ class Report:
         seconds: stage → time taken.
         file_bytes: ``before`` and ``after``, where files are involved.
         output: the file that was written, or None.
+        output_inputs: what each of its inputs may be, such as ``batch×3×height×width float32``, for a file that
+            holds a graph (.pt2, .onnx).
     """
 
     command: str
@@ -191,6 +193,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)
     output: str | None = None
+    output_inputs: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def merged(self) -> tuple[SiteReport, ...]:

@@ -16,7 +16,7 @@ import typer
 
 from convmerge import __version__
 from convmerge.cli.clock import Clock
-from convmerge.cli.options import Choice, Head, Printing, Source, spread, typed
+from convmerge.cli.options import Choice, Head, Output, Printing, Source, spread, typed
 from convmerge.errors import ConvmergeError, LoadError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CLEAN, FINDING = 0, 1
 REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
 
-_SAVED = "A model saved by torch.save."
+_SAVED = "A model saved by torch.save, or a .pt2 file saved by torch.export."
 _Model = Annotated[Path, typer.Argument(metavar="MODEL", help=_SAVED)]
 
 app = typer.Typer(
@@ -88,12 +88,7 @@ def check_command(path: _Model, source: Source, choice: Choice, printing: Printi
 @spread
 def fuse_command(
     path: _Model,
-    *,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Let OUT be MODEL itself.")] = False,
+    out: Output,
     source: Source,
     head: Head,
     choice: Choice,
@@ -105,14 +100,11 @@ def fuse_command(
     """
     from convmerge import api, io, render
 
-    if output is None and not dry_run:
-        raise ConvmergeError("fuse needs to know what to write", "add -o OUT, or -n to write nothing")
+    out.check(path)
     with printing.terminal().working() as progress:
         clock = Clock()
         with clock.stage("load", progress):
             opened, inputs = _open(path, source)
-            if output:
-                io.check_target(output, like=opened, force=force)
         result = api.fuse(
             opened.module,
             inputs,
@@ -124,18 +116,22 @@ def fuse_command(
         )
         verdict = result.report.verification
         equal = verdict is None or verdict.equal
-        target = None if dry_run or not equal else output
+        target = out.target() if equal else None
+        written = None
         if target:
             with clock.stage("write", progress):
                 verify = _same_as(result.model, result.inputs)
-                io.save(result.model, target, like=opened, force=force, verify=verify)
+                written = io.save(
+                    result.model, target, like=opened, inputs=result.inputs, verify=verify, **out.arguments()
+                )
     report = dataclasses.replace(
         result.report,
         model=str(path),
-        warnings=(*opened.notes, *result.report.warnings),
+        warnings=(*opened.notes, *result.report.warnings, *(written.notes if written else ())),
         seconds=clock.around(result.report.seconds),
         file_bytes=_sizes(before=path, after=target),
         output=str(target) if target else None,
+        output_inputs=written.inputs if written else {},
     )
     outcome = _outcome(report, equal, clock.total())
     _print(printing, report, render.fuse_document(report, outcome, verbose=printing.verbose))
@@ -199,7 +195,7 @@ class NotSameError(ConvmergeError):
 
 def _open(path: Path, source: Source) -> tuple[ModelFile, Inputs]:
     opened = source.open(path)
-    return opened, source.example_inputs(opened.module)
+    return opened, source.example_inputs(opened)
 
 
 def _planned(
@@ -250,15 +246,16 @@ def _of_two(
     )
 
 
-def _same_as(model: nn.Module, inputs: Inputs) -> Callable[[nn.Module], None]:
+def _same_as(model: nn.Module, inputs: Inputs) -> Callable[[nn.Module, tuple[Inputs, ...]], None]:
     """A check that a model read back from its file still is ``model``. It raises NotSameError."""
 
-    def check(reloaded: nn.Module) -> None:
+    def check(reloaded: nn.Module, others: tuple[Inputs, ...]) -> None:
         from convmerge.verification.compare import compare
 
-        verdict = compare(model, reloaded, inputs, more=False)
-        if not verdict.equal:
-            raise NotSameError(f"the written file is not the fused model: {verdict.reason}", REPORT_IT)
+        for given in (inputs, *others):
+            verdict = compare(model, reloaded, given, more=False)
+            if not verdict.equal:
+                raise NotSameError(f"the written file is not the fused model: {verdict.reason}", REPORT_IT)
 
     return check
 
@@ -276,6 +273,9 @@ def _outcome(report: Report, equal: bool, time_taken: float) -> str:
         what = "dry run: nothing written"
     else:
         what = f"wrote {'' if report.merged() else 'the model unchanged to '}{report.output}"
+        if report.output_inputs:
+            taken = (f"{name} {shape}" for name, shape in report.output_inputs.items())
+            what += f" for {', '.join(taken)}"
     return f"{what} ({seconds(time_taken)})"
 
 

@@ -17,8 +17,6 @@ from convmerge.cli.terminal import Format, Terminal
 from convmerge.errors import ConvmergeError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from convmerge.inputs import Inputs
     from convmerge.io import ModelFile
 
@@ -103,10 +101,13 @@ class Source:
 
         return parse_bindings(self.bind or ())
 
-    def example_inputs(self, model: nn.Module) -> Inputs:
-        """The inputs asked for, or guessed. Raises ConvmergeError."""
+    def example_inputs(self, opened: ModelFile) -> Inputs:
+        """The inputs asked for, those the file holds, or guessed. Raises ConvmergeError."""
         from convmerge.inputs import infer_bound, parse_inputs
 
+        model = opened.module
+        if opened.inputs is not None and not self.input and not self.inputs:
+            return opened.inputs
         bound = self.bound()
         if bound and not self.input and not self.inputs:
             return infer_bound(model, bound, self.seed)
@@ -157,6 +158,49 @@ class Head:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the Python API."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written."""
+
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", metavar="OUT", help="The file to write: .pt, .pth, .pt2 or .onnx."),
+    ] = None
+    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Write nothing.")] = False
+    force: Annotated[bool, Option("--force", help="Let OUT be MODEL itself.")] = False
+    dynamic: Annotated[
+        str | None,
+        Option(
+            metavar="SIZES",
+            help="Which sizes of the inputs stay open in a .pt2 or .onnx file: names between commas (batch, "
+            "length, depth, height, width, or INPUT:DIM), none, or auto: all on which the model does not "
+            "depend. [default: auto]",
+        ),
+    ] = None
+
+    def check(self, model: Path) -> None:
+        """Raise ConvmergeError where it cannot be written, before any work is done."""
+        from convmerge.export import Dynamic
+        from convmerge.io import check_target, is_graph_file
+
+        if self.output is None and not self.dry_run:
+            raise ConvmergeError("fuse needs to know what to write", "add -o OUT, or -n to write nothing")
+        if self.output:
+            check_target(self.output, source=model, force=self.force)
+        if self.dynamic is not None:
+            if self.output is None or not is_graph_file(self.output):
+                raise ConvmergeError("--dynamic is for .pt2 and .onnx files", "add -o OUT.pt2 or -o OUT.onnx")
+            Dynamic.parse(self.dynamic)
+
+    def target(self) -> Path | None:
+        """The file to write, if any."""
+        return None if self.dry_run else self.output
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the Python API."""
+        return {"force": self.force, "dynamic": self.dynamic or "auto"}
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,14 @@ class Inputs:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor, positional ones first."""
-        return tuple(value for _, value in self._leaves() if isinstance(value, Tensor))
+        return tuple(value for _, value in self.leaves() if isinstance(value, Tensor))
 
     def describe(self) -> dict[str, str]:
         """Name → shape and dtype, as in ``{"x": "1×3×224×224 float32"}``."""
-        return {name: describe(value) for name, value in self._leaves()}
+        return {name: describe(value) for name, value in self.leaves()}
 
-    def _leaves(self) -> Iterator[tuple[str, Any]]:
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """Every tensor and plain value with its name, positional ones first."""
         for index, value in enumerate(self.args):
             name = self.names[index] if index < len(self.names) else f"input{index}"
             yield from _leaves(name, value)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from convmerge.io.check import check_module
 from convmerge.io.contents import Contents, TensorInfo
+from convmerge.io.forms import Written
 from convmerge.io.kinds import FileKind, sniff
 from convmerge.io.load import load, open_model, peek
 from convmerge.io.model_file import Container, ModelFile, unwrap
-from convmerge.io.save import check_target, save
+from convmerge.io.save import check_target, is_graph_file, save
 
 __all__ = [
     "Container",
@@ -15,8 +16,10 @@ __all__ = [
     "FileKind",
     "ModelFile",
     "TensorInfo",
+    "Written",
     "check_module",
     "check_target",
+    "is_graph_file",
     "load",
     "open_model",
     "peek",

@@ -60,6 +60,11 @@ def _walk(
     if id(module) in seen:
         return
     seen.add(id(module))
+    if isinstance(module, torch.jit.ScriptModule):
+        raise LoadError(
+            f"{path or 'the model'} is TorchScript, whose code cannot be followed",
+            "give the model with the module that was scripted in its place",
+        )
     _check_registries(module, path)
     yield path, module
     for name, child in module._modules.items():

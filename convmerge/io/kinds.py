@@ -47,7 +47,8 @@ class FileKind:
     """What a file is.
 
     Attributes:
-        name: the kind; ``torch_zip``, ``torch_legacy`` and ``safetensors`` are the ones that can be opened.
+        name: the kind; ``torch_zip``, ``torch_legacy``, ``safetensors`` and ``pt2`` are the ones that can be
+            opened.
         title: the kind in words, with its article.
         hint: the way out where the kind cannot be opened, else None.
     """
@@ -68,11 +69,7 @@ _KINDS = {
             "a TorchScript archive, which convmerge does not read",
             f"start from the Python model it was scripted from and {_SAVE_WHOLE}",
         ),
-        FileKind(
-            "pt2",
-            "an exported program (torch.export), which convmerge does not read",
-            f"start from the Python model it was exported from and {_SAVE_WHOLE}",
-        ),
+        FileKind("pt2", "an exported program (torch.export)"),
         FileKind(
             "pt2_compiled",
             "a compiled package (AOTInductor), which holds machine code and no model",

@@ -64,13 +64,31 @@ def open_model(
     path = Path(path)
     named = trust or bool(allow) or factory is not None
     with _naming(path), importable(*((Path.cwd(), path.resolve().parent) if named else ())):
-        document, describe = _read(path, trust, tuple(allow))
-        if factory is None:
-            file = find_module(document, path, describe)
+        kind = _readable(path)
+        if kind.name == "pt2":
+            file = _open_program(path, kind, trust)
         else:
-            file = _build(make_factory(factory, factory_args), document, path, describe)
+            document, describe = _read(path, kind, trust, tuple(allow))
+            if factory is None:
+                file = find_module(document, path, describe)
+            else:
+                file = _build(make_factory(factory, factory_args), document, path, describe)
         check_module(file.module, untrusted=not trust)
     return file
+
+
+def _open_program(path: Path, kind: FileKind, trust: bool) -> ModelFile:
+    if not trust:
+        raise LoadError(
+            f"{path} is {kind.title}, which only loads unsafely", "pass --trust if you made this file"
+        )
+    # torch's exporter, which files of other kinds do not need
+    from convmerge.export.reading import read_program
+
+    program = read_program(path)
+    return ModelFile(
+        program.module, Container(), path, kind.title, program.notes, program.inputs, program.sizes
+    )
 
 
 def _build(factory: Factory, document: Any, path: Path, describe: str) -> ModelFile:
@@ -106,13 +124,17 @@ def peek(path: str | os.PathLike[str]) -> Contents | None:
         return summarise(_inert(file, path, kind))
 
 
-def _read(path: Path, trust: bool, allow: tuple[str, ...]) -> tuple[Any, str]:
-    """The object in the file, and what the file is in words."""
+def _readable(path: Path) -> FileKind:
     kind = sniff(path)
     if kind.name == "missing":
         raise LoadError(f"no such file: {path}", kind.hint)
     if kind.hint is not None:
         raise LoadError(f"{path} is {kind.title}", kind.hint)
+    return kind
+
+
+def _read(path: Path, kind: FileKind, trust: bool, allow: tuple[str, ...]) -> tuple[Any, str]:
+    """The object in the file, and what the file is in words."""
     if kind.name == "safetensors":
         return read_safetensors(path), kind.title
     with path.open("rb") as file:

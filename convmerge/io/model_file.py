@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,10 @@ from convmerge.errors import LoadError
 from convmerge.io.contents import MODEL_KEYS
 from convmerge.io.pickles import printable
 from convmerge.io.state import state_dict_in
+
+if TYPE_CHECKING:
+    from convmerge.export.sizes import Sizes
+    from convmerge.inputs import Inputs
 
 _WRAPPED_AS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _WRAPPER_HOMES = ("torch.nn.parallel.", "torch._dynamo.")
@@ -53,6 +57,8 @@ class ModelFile:
         describe: what the file is, in words.
         notes: what the user should know, a sentence each: which of several modules was taken, what was
             unwrapped, what the output will be.
+        inputs: those it was exported with, where the file holds them.
+        sizes: which sizes of its inputs are open, where the file says so.
     """
 
     module: nn.Module
@@ -60,6 +66,8 @@ class ModelFile:
     path: Path
     describe: str
     notes: tuple[str, ...] = ()
+    inputs: Inputs | None = None
+    sizes: Sizes | None = None
 
 
 def find_module(document: Any, path: Path, describe: str) -> ModelFile:

@@ -6,20 +6,23 @@ import errno
 import os
 import stat
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from convmerge.errors import ConvmergeError
+from convmerge.io.forms import Form, Pickled, Written
 from convmerge.io.model_file import Container, ModelFile
 from convmerge.io.pickles import printable
 
-_SUFFIXES = (".pt", ".pth")
+if TYPE_CHECKING:
+    from convmerge.inputs import Inputs
+
+_PICKLED = (".pt", ".pth")
+_GRAPHS = (".pt2", ".onnx")
 
 
 def save(
@@ -28,50 +31,79 @@ def save(
     *,
     like: ModelFile | None = None,
     force: bool = False,
-    verify: Callable[[nn.Module], None] | None = None,
-) -> None:
+    inputs: Any = None,
+    dynamic: str = "auto",
+    verify: Callable[[nn.Module, tuple[Inputs, ...]], None] | None = None,
+) -> Written:
     """Write ``model`` to ``path`` in one step: a reader sees the old file or the whole new one.
 
-    The bytes go to a temporary file in the same directory, which is synced, loaded again and handed to
-    ``verify``, and only then renamed. On any error, an interrupt included, the temporary file goes and the
-    target stays.
+    What is written follows the suffix: ``.pt`` and ``.pth`` by torch.save, ``.pt2`` by torch.export,
+    ``.onnx`` by torch.onnx.export. The bytes go to a temporary file in the same directory, which is synced,
+    loaded again and handed to ``verify``, and only then renamed. On any error, an interrupt included, the
+    temporary file goes and the target stays.
 
     An existing regular file is overwritten and its permissions are kept; a symbolic link stays one, and the
     file it points to is replaced.
 
     Args:
-        like: the file the model came from; a checkpoint dict is written back with only its module replaced.
+        like: the file the model came from; a checkpoint dict is written back with only its module replaced,
+            and of a .pt2 file the same sizes stay open.
         force: allow ``path`` to be the very file the model came from.
-        verify: called with the module as loaded from the temporary file; what it raises is raised here.
+        inputs: example inputs as for :func:`convmerge.fuse`, which .pt2 and .onnx need.
+        dynamic: sizes of the inputs that stay open in .pt2 and .onnx: ``auto`` (those on which the model does
+            not depend), ``none``, or names between commas, such as ``batch,height,width`` or ``tokens:1``.
+        verify: called with the module as loaded from the temporary file, and with inputs of other sizes that
+            it must take; what it raises is raised here. Not called where an ONNX file cannot be run.
 
     Raises:
-        ConvmergeError: the target cannot or must not be written, or the model cannot be pickled.
+        ConvmergeError: the target cannot or must not be written, or the model cannot be pickled or exported.
     """
-    target = check_target(path, like=like, force=force)
-    container = like.container if like is not None else Container()
-    _plain_tracers(model)
+    target = check_target(path, source=like.path if like is not None else None, force=force)
+    form = _form(model, target, like, inputs, dynamic)
     with _replacing(target) as file:
-        _write(container.wrap(model), file, target)
-        # These bytes were pickled by this process from objects it already runs, so loading them without
-        # limits runs nothing new; the limits of open_model are for files that come from elsewhere.
-        document = _reload(file, target)
-        module = document if container.document is None else document[container.key]
-        if verify is not None:
-            verify(module)
+        _write(form, file, target)
+        file.seek(0)
+        reloaded = form.reload(file)
+        if verify is not None and reloaded is not None:
+            verify(reloaded, form.others)
+    return form.written(target)
 
 
-def check_target(path: str | os.PathLike[str], *, like: ModelFile | None = None, force: bool = False) -> Path:
+def _form(model: nn.Module, target: Path, like: ModelFile | None, inputs: Any, dynamic: str) -> Form:
+    if not is_graph_file(target):
+        return Pickled(model, target, like.container if like is not None else Container())
+    from convmerge.export.files import graph_form  # torch's exporters, which files of other kinds do not need
+
+    return graph_form(model, target, inputs, dynamic, like.sizes if like is not None else None)
+
+
+def is_graph_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name holds a graph and no Python code: .pt2 and .onnx."""
+    return Path(path).suffix.lower() in _GRAPHS
+
+
+def check_target(path: str | os.PathLike[str], *, source: Path | None = None, force: bool = False) -> Path:
     """The real path to write; call it early, so that a bad target fails before the work and not after it.
 
+    Args:
+        source: the file the model comes from.
+        force: allow it to be the target.
+
     Raises:
-        ConvmergeError: wrong suffix, missing or read-only directory, not a regular file, or the input itself.
+        ConvmergeError: wrong suffix, missing or read-only directory, not a regular file, or the input itself;
+            or a package to write it is missing.
     """
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in (*_PICKLED, *_GRAPHS):
         shown = f"'{path.suffix}'" if path.suffix else "no suffix"
         raise ConvmergeError(
-            f"cannot write {path}: models are written as .pt or .pth, not {shown}", "use -o NAME.pt"
+            f"cannot write {path}: models are written as .pt, .pth, .pt2 or .onnx, not {shown}",
+            "use -o NAME.pt",
         )
+    if path.suffix.lower() == ".onnx":
+        from convmerge.export.onnxfile import check_packages
+
+        check_packages(path)
     try:
         target = path.resolve()
         if not target.parent.is_dir():
@@ -79,7 +111,7 @@ def check_target(path: str | os.PathLike[str], *, like: ModelFile | None = None,
                 f"cannot write {path}: there is no directory {target.parent}", f"mkdir -p {target.parent}"
             )
         if target.exists():
-            _check_existing(path, target, like, force)
+            _check_existing(path, target, source, force)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
         raise _cannot_write(path, error) from error
     if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -89,7 +121,7 @@ def check_target(path: str | os.PathLike[str], *, like: ModelFile | None = None,
     return target
 
 
-def _check_existing(path: Path, target: Path, like: ModelFile | None, force: bool) -> None:
+def _check_existing(path: Path, target: Path, source: Path | None, force: bool) -> None:
     if not stat.S_ISREG(target.stat().st_mode):
         raise ConvmergeError(
             f"cannot write {path}: it exists and is not a regular file", "choose another name with -o"
@@ -98,7 +130,7 @@ def _check_existing(path: Path, target: Path, like: ModelFile | None, force: boo
         raise ConvmergeError(
             f"cannot write {path}: the file is read-only", "choose another name with -o, or chmod u+w"
         )
-    if like is not None and not force and like.path.exists() and target.samefile(like.path):
+    if source is not None and not force and source.exists() and target.samefile(source):
         raise ConvmergeError(f"{path} is the input itself", "choose another name with -o, or pass --force")
 
 
@@ -144,32 +176,19 @@ class _Watched:
         self.file.flush()
 
 
-def _write(document: Any, file: IO[bytes], target: Path) -> None:
+def _write(form: Form, file: IO[bytes], target: Path) -> None:
     watched = _Watched(file)
     try:
-        torch.save(document, watched)  # type: ignore[arg-type]
+        form.write(watched)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
+    except ConvmergeError:
+        raise
     except Exception as error:
         cause = watched.error or error
         if isinstance(cause, OSError):
             raise _cannot_write(target, cause) from error
-        reason = printable(f"{type(error).__name__}: {error}")
-        hint = "replace lambdas and local classes in it by functions and classes of a module"
-        raise ConvmergeError(f"the model cannot be pickled: {reason}", hint) from error
-
-
-def _reload(file: IO[bytes], target: Path) -> Any:
-    file.seek(0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=False)
-    except Exception as error:
-        reason = printable(f"{type(error).__name__}: {error}")
-        raise ConvmergeError(
-            f"{target} would not load again: {reason}", "nothing was written; please report this"
-        ) from error
+        raise form.unwritable(error) from error
 
 
 def _mode(target: Path) -> int:
@@ -200,10 +219,3 @@ def _cannot_write(path: Path, error: BaseException) -> ConvmergeError:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     hint = f"{'free some space, or ' if full else ''}choose another place with -o"
     return ConvmergeError(f"cannot write {path}: {reason}", hint)
-
-
-def _plain_tracers(model: nn.Module) -> None:
-    """Make traced modules load with torch alone: their pickle names the Tracer class they were made with."""
-    for module in model.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            module._tracer_cls = module.graph._tracer_cls = torch.fx.Tracer

@@ -15,7 +15,17 @@ from convmerge.verification.outputs import shape_text
 if TYPE_CHECKING:
     from convmerge.inputs import Inputs
 
-Sizing = Callable[[Tensor], tuple[int, ...]]
+Side = Callable[[int, int], int]
+
+# Another size of a side of n positions, the i-th of its map: smaller and odd, smaller multiples of 32, larger
+# ones, and twice as many. Odd and unequal sizes come first: they show strides and paddings that even squares
+# hide.
+SIDES: tuple[Side, ...] = (
+    lambda n, i: max(1, n * (11 - 2 * i) // 16) | 1,
+    lambda n, i: max(32, n * (3 - i) // 4 // 32 * 32),
+    lambda n, i: (n * 5 // 4 + 31) // 32 * 32,
+    lambda n, i: 2 * n,
+)
 
 
 def fresh(inputs: Inputs, generator: torch.Generator) -> Inputs:
@@ -41,22 +51,20 @@ def other_batches(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs
 
 
 def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
-    """Other spatial sizes, to be tried in turn: smaller and odd, smaller multiples of 32, larger ones.
+    """Other spatial sizes, to be tried in turn, see ``SIDES``.
 
     Spatial are the dimensions after (batch, channels) of floating-point tensors of three to five dimensions.
-    Odd and unequal sizes come first: they show strides and paddings that even squares hide.
     """
     if not any(_is_map(x) for x in _tensors(inputs)):
         return
-    sizings: tuple[Sizing, ...] = (_smaller_odd, _smaller_32, _larger_32, _double)
-    for size in sizings:
-        sized = _resize(inputs, size, generator)
+    for side in SIDES:
+        sized = _resize(inputs, side, generator)
         if shapes(sized) != shapes(inputs):
             yield sized
 
 
-def _resize(inputs: Inputs, size: Sizing, generator: torch.Generator) -> Inputs:
-    return _map(inputs, lambda x: redrawn(x, size(x) if _is_map(x) else tuple(x.shape), generator))
+def _resize(inputs: Inputs, side: Side, generator: torch.Generator) -> Inputs:
+    return _map(inputs, lambda x: redrawn(x, _resized(x, side) if _is_map(x) else tuple(x.shape), generator))
 
 
 def shapes(inputs: Inputs) -> str:
@@ -101,22 +109,6 @@ def _is_map(x: Tensor) -> bool:
     return x.is_floating_point() and 3 <= x.dim() <= 5
 
 
-def _resized(x: Tensor, size: Callable[[int, int], int]) -> tuple[int, ...]:
-    """x's shape with size(n, position) for every spatial n above 1."""
-    return (*x.shape[:2], *(size(n, i) if n > 1 else n for i, n in enumerate(x.shape[2:])))
-
-
-def _smaller_odd(x: Tensor) -> tuple[int, ...]:
-    return _resized(x, lambda n, i: max(1, n * (11 - 2 * i) // 16) | 1)
-
-
-def _smaller_32(x: Tensor) -> tuple[int, ...]:
-    return _resized(x, lambda n, i: max(32, n * (3 - i) // 4 // 32 * 32))
-
-
-def _larger_32(x: Tensor) -> tuple[int, ...]:
-    return _resized(x, lambda n, i: (n * 5 // 4 + 31) // 32 * 32)
-
-
-def _double(x: Tensor) -> tuple[int, ...]:
-    return _resized(x, lambda n, i: 2 * n)
+def _resized(x: Tensor, side: Side) -> tuple[int, ...]:
+    """x's shape with every side above 1 changed."""
+    return (*x.shape[:2], *(side(n, i) if n > 1 else n for i, n in enumerate(x.shape[2:])))

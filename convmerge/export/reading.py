@@ -1,0 +1,101 @@
+"""Exported programs as modules that can be merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from convmerge.errors import LoadError
+from convmerge.evidence.tracing import quiet
+from convmerge.export.program import as_module, input_values
+from convmerge.export.sizes import Size, Sizes, named_sizes
+from convmerge.inputs import Inputs
+from convmerge.verification.probes import first_line
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What a .pt2 file holds.
+
+    Attributes:
+        module: a traced module without code of the original's, which checks the program's guards when it runs.
+        inputs: those it was exported with, None where the file has none.
+        sizes: which sizes of them are open; None where there are no inputs.
+        notes: what the user should know.
+    """
+
+    module: fx.GraphModule
+    inputs: Inputs | None
+    sizes: Sizes | None
+    notes: tuple[str, ...] = ()
+
+
+def read_program(path: Path) -> Program:
+    """Load a .pt2 file, which can run any code.
+
+    Raises LoadError where it is damaged, or of another version of torch.
+    """
+    try:
+        with quiet():
+            program = torch.export.load(path)
+    except Exception as error:  # whatever the reader meets
+        raise LoadError(
+            f"{path} is an exported program that does not load here: {first_line(error)}",
+            f"load it with the torch it was saved with, and export it again with {torch.__version__}",
+        ) from error
+    return from_program(program)
+
+
+def from_program(program: ExportedProgram) -> Program:
+    """A program as a module with plain arguments, on the CPU or where its weights are."""
+    module = plain_module(program)
+    if not program.example_inputs:
+        return Program(module, None, None)
+    args, kwargs = program.example_inputs
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    inputs = Inputs(tuple(args), dict(kwargs), names=tuple(names[: len(args)]))
+    return Program(module, inputs, _open_sizes(program, inputs))
+
+
+def plain_module(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a traced module whose code takes and returns what the program does, by plain Python.
+
+    torch's own form flattens its arguments and nests its results by tree specifications, which torch.fx does
+    not trace again. It is kept where arguments are nested, or results are of classes registered with pytree.
+    """
+    module = as_module(program)
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    assert in_spec is not None and out_spec is not None
+    output = module.graph.output_node()
+    flat = all(child.is_leaf() for group in in_spec.children() for child in group.children())
+    if not flat or not _is_plain(out_spec):
+        return module
+    (values,) = output.args
+    output.args = (pytree.tree_unflatten(values, out_spec),)  # type: ignore[arg-type]
+    module.graph.set_codegen(CodeGen())
+    for name in ("_in_spec", "_out_spec"):
+        vars(module).pop(name, None)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _is_plain(spec: pytree.TreeSpec) -> bool:
+    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children())))
+
+
+def _open_sizes(program: ExportedProgram, inputs: Inputs) -> Sizes:
+    """The sizes that the program leaves open, under their usual names where they have such."""
+    names = {(size.tensor, size.dim): size.name for size in named_sizes(inputs)}
+    return tuple(
+        Size(names.get((position, dim), f"size_{position}_{dim}"), position, dim)
+        for position, value in enumerate(input_values(program))
+        for dim, n in enumerate(value.shape)
+        if isinstance(n, torch.SymInt)
+    )
