@@ -118,7 +118,11 @@ def _build(
 
 
 def _apply(model: nn.Module, decisions: Decisions, built: Sequence[Built]) -> nn.Module:
-    replacements = [Replacement(b.decision.edit, b.layer) for b in built]
+    replacements = [
+        Replacement(edit, b.layer if edit is b.decision.edits[0] else None)
+        for b in built
+        for edit in b.decision.edits
+    ]
     return apply(copy_model(model).eval(), replacements, decisions.traces)
 
 

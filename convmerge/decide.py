@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.node import Node
 
 from convmerge.cost.model import CostModel, Objective, Roofline
+from convmerge.edit.apart import lower_apart
 from convmerge.edit.cuts import cut, home_of
-from convmerge.edit.edits import Edit, GraphEdit, UnitEdit
+from convmerge.edit.edits import Edit, Edits, GraphEdit, UnitEdit
 from convmerge.edit.frames import Frames
 from convmerge.edit.lower import lower
 from convmerge.edit.retrace import Trace, retrace
 from convmerge.edit.static import StaticProofs
+from convmerge.edit.ties import Ties
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence
 from convmerge.evidence.constants import Constants
@@ -42,10 +44,10 @@ SPARE_MACS = 0.001
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """A site that merges, with the edit that does it. ``also`` are the other calls of the same modules."""
+    """A site that merges, with the edits that do it. ``also`` are the other calls of the same modules."""
 
     site: Site
-    edit: Edit
+    edits: Edits
     also: tuple[Site, ...] = ()
 
 
@@ -78,13 +80,16 @@ class Decider:
     skip: Sequence[str] = ()
     cost_model: CostModel = field(default_factory=Roofline)
     _forbidden: dict[tuple[Node, Node], str] = field(default_factory=dict)
-    _traces: dict[tuple[str, frozenset[str]], Trace] = field(default_factory=dict)
+    _traces: dict[tuple[str, frozenset[str]], Trace | Refusal] = field(default_factory=dict)
+
+    _apart: set[Site] = field(default_factory=set)
 
     def decide(self, progress: Callable[[str, int, int], None]) -> Decisions:
         """Decide on every chain of the model."""
         constants = Constants(self.evidence)
         self.constants = constants
         self.frames = Frames(self.evidence, constants)
+        self.ties = Ties(self.model, self.evidence, constants)
         self.proofs = StaticProofs(self.scratch, self.evidence.signatures)
         regions = find_regions(Context(self.evidence, constants))
         self.planner = planner = Planner(
@@ -94,7 +99,7 @@ class Decider:
         # A run without a captured graph proves single paths, not that the terms of a sum belong together.
         planned = units(regions) if not self.evidence.eager else list(regions.chains)
         plans: dict[int, ChainPlan] = {}
-        edits: dict[Site, Edit] = {}
+        edits: dict[Site, Edits] = {}
         traces: dict[str, Trace] = {}
         dirty = set(range(len(planned)))
         problems: dict[Site, str] = {}
@@ -109,21 +114,32 @@ class Decider:
             problems.update(self._conflicts(current))
             traces, untraceable = self._trace_owners({s: e for s, e in current.items() if s not in problems})
             problems.update(untraceable)
-            self._forbidden.update({site.ends: reason for site, reason in problems.items()})
-            dirty = {i for i, plan in plans.items() if any(s in problems for s in plan.sites)}
+            final = {site: reason for site, reason in problems.items() if not self._goes_apart(site, edits)}
+            self._forbidden.update({site.ends: reason for site, reason in final.items()})
+            dirty = {i for i, plan in plans.items() if any(s in final for s in plan.sites)}
         denials = [denial for index in sorted(plans) for denial in plans[index].denials]
         return Decisions(_grouped(found.sites, edits), (*denials, *found.denials), traces, regions)
 
-    def _lower(self, sites: Sequence[Site], edits: dict[Site, Edit]) -> dict[Site, str]:
+    def _lower(self, sites: Sequence[Site], edits: dict[Site, Edits]) -> dict[Site, str]:
         """Find the edit of every site; returns those that have none, and why."""
         problems: dict[Site, str] = {}
         for site in sites:
             try:
-                added = site.opens.target if site.opens is not None else None
-                edits[site] = lower(self.frames, site.home, site.emptied, self.model, added)
+                edits[site] = (lower(self.frames, site.home, site.emptied, self.model, _added(site)),)
             except Refusal as refusal:
                 problems[site] = refusal.reason
         return problems
+
+    def _goes_apart(self, site: Site, edits: dict[Site, Edits]) -> bool:
+        """Whether the parts of a site, which cannot be edited as one, have edits that were not tried yet."""
+        if site in self._apart:
+            return False
+        self._apart.add(site)
+        try:
+            edits[site] = lower_apart(self.frames, site.home, site.emptied, self.model, _added(site))
+        except Refusal:
+            return False
+        return True
 
     @cached_property
     def trainable(self) -> frozenset[str]:
@@ -140,122 +156,56 @@ class Decider:
         wanted = not self.only or any(matches(path, self.only) for path in paths)
         return wanted and not any(matches(path, self.skip) for path in paths)
 
-    def _conflicts(self, edits: dict[Site, Edit]) -> dict[Site, str]:
+    def _conflicts(self, edits: dict[Site, Edits]) -> dict[Site, str]:
         """Sites that change a module which other calls, sites or names need as it is."""
         problems: dict[Site, str] = {}
-        alike: Counter[Edit] = Counter(edits.values())
-        calls: dict[Edit, set[Node]] = {}
-        for site, edit in edits.items():
-            calls.setdefault(edit, set()).update(calls_of(site.elements))
-        owners = {edit.owner for edit in edits.values() if isinstance(edit, GraphEdit)}
+        alike: Counter[Edits] = Counter(edits.values())
+        calls: dict[Edits, set[Node]] = {}
+        for site, parts in edits.items():
+            calls.setdefault(parts, set()).update(calls_of(site.elements))
+        owners = {edit.owner for parts in edits.values() for edit in parts if isinstance(edit, GraphEdit)}
         claimed: dict[str, Edit] = {}
-        for site, edit in edits.items():
-            modules = edit.modules if isinstance(edit, UnitEdit) else (edit.owner,)
-            for path in modules:
-                times = len(self.frames.by_path.get(path, [1]))
-                if times != alike[edit]:
-                    problems[site] = f"{path} is called {times} times with different neighbours"
-                if isinstance(edit, UnitEdit) and claimed.setdefault(path, edit) != edit:
-                    problems.setdefault(site, f"{path} belongs to two sites")
-            if isinstance(edit, GraphEdit) and not owners.isdisjoint(edit.opened):
-                problems[site] = "part of it stands in a module whose own code is edited"
-            if site not in problems and (reason := self._tied(site, edit, calls[edit])) is not None:
-                problems[site] = reason
-            if self.evidence.eager and not self.proofs.proves(edit):
+        for site, parts in edits.items():
+            for edit in parts:
+                for path in edit.modules if isinstance(edit, UnitEdit) else (edit.owner,):
+                    times = len(self.frames.by_path.get(path, [1]))
+                    if times != alike[parts]:
+                        problems[site] = f"{path} is called {times} times with different neighbours"
+                    if isinstance(edit, UnitEdit) and claimed.setdefault(path, edit) != edit:
+                        problems.setdefault(site, f"{path} belongs to two sites")
+                if isinstance(edit, GraphEdit) and not owners.isdisjoint(edit.opened):
+                    problems[site] = "part of it stands in a module whose own code is edited"
+            tied = self.ties.tied(calls_of(site.elements), parts, calls[parts])
+            if site not in problems and tied is not None:
+                problems[site] = tied
+            if self.evidence.eager and not self.proofs.proves(parts):
                 problems[site] = "torch.export cannot follow the model, and no trace proves this part of it"
         return problems
 
-    def _tied(self, site: Site, edit: Edit, calls: set[Node]) -> str | None:
-        """Why a weight that is read outside the site's ``calls`` too must keep existing there, or None."""
-        direct, computed = self._weights(calls_of(site.elements))
-        readers = {weight: set(weight.users) | self._twins(weight) for weight in direct}
-        readers |= {w: set(w.users) for w in computed if w not in direct and self._goes(w, edit)}
-        for weight, users in readers.items():
-            if self._needed(users, calls, edit):
-                return f"{self.evidence.tensors[weight][0]} is used elsewhere too"
-        return None
-
-    def _weights(self, calls: Sequence[Node]) -> tuple[set[Node], set[Node]]:
-        """Parameters and buffers that calls read, and those that what they read is computed from."""
-        read = {n for call in calls for n in call.all_input_nodes if n in self.constants}
-        seen, pending = set(read), list(read)
-        while pending:
-            sources = [n for n in pending.pop().all_input_nodes if n not in seen]
-            seen.update(sources)
-            pending.extend(sources)
-        tensors = self.evidence.tensors
-        return {n for n in read if n in tensors}, {n for n in seen if n in tensors}
-
-    def _goes(self, weight: Node, edit: Edit) -> bool:
-        """Whether a weight is registered nowhere but in modules that an edit replaces."""
-        if not hasattr(self, "_names"):
-            self._tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-            self._tensors.update(self.model.named_buffers(remove_duplicate=False))
-            self._names: dict[int, list[str]] = {}
-            for name, tensor in self._tensors.items():
-                self._names.setdefault(id(tensor), []).append(name)
-        replaced = edit.modules if isinstance(edit, UnitEdit) else (edit.owner,)
-        names = self._names.get(id(self._tensors.get(self.evidence.tensors[weight][0])), [])
-        inside = [
-            any(f"{name}.".startswith(f"{path}." if path else "") for path in replaced) for name in names
-        ]
-        return bool(inside) and all(inside)
-
-    def _needed(self, readers: set[Node], calls: set[Node], edit: Edit) -> bool:
-        """Whether what a weight's readers compute is read by anything but ``calls``.
-
-        What nobody reads, or is written into another constant, goes with a module that is replaced whole.
-        """
-        replaced = edit.modules if isinstance(edit, UnitEdit) else ()
-        seen, pending = set(calls), list(readers)
-        while pending:
-            reader = pending.pop()
-            call = self.evidence.calls.get(reader)
-            if call is None or reader in seen:
-                continue
-            seen.add(reader)
-            if reader not in self.constants or reader in self.evidence.outputs:
-                return True
-            if not reader.users and not any(frame.path in replaced for frame in call.stack):
-                return True
-            pending.extend(reader.users)
-        return False
-
-    def _twins(self, weight: Node) -> set[Node]:
-        """Calls that read the same storage under another name."""
-        if not hasattr(self, "_by_storage"):
-            self._by_storage: dict[int, list[Node]] = {}
-            for node, (_, tensor) in self.evidence.tensors.items():
-                if tensor.numel():
-                    self._by_storage.setdefault(tensor.data_ptr(), []).append(node)
-        tensor = self.evidence.tensors[weight][1]
-        return {u for twin in self._by_storage.get(tensor.data_ptr(), []) for u in twin.users}
-
-    def _trace_owners(self, edits: dict[Site, Edit]) -> tuple[dict[str, Trace], dict[Site, str]]:
+    def _trace_owners(self, edits: dict[Site, Edits]) -> tuple[dict[str, Trace], dict[Site, str]]:
         """Trace every module whose code is edited, once, opened as far as all of its sites need."""
         owners: dict[str, set[str]] = {}
-        for edit in edits.values():
-            if isinstance(edit, GraphEdit):
-                owners.setdefault(edit.owner, set()).update(edit.opened)
+        in_code = {s: [e for e in parts if isinstance(e, GraphEdit)] for s, parts in edits.items()}
+        for edit in (edit for parts in in_code.values() for edit in parts):
+            owners.setdefault(edit.owner, set()).update(edit.opened)
         traces: dict[str, Trace] = {}
-        problems: dict[Site, str] = {}
+        reasons: dict[str, str] = {}
         for owner, paths in owners.items():
             try:
                 traces[owner] = self._trace(owner, paths)
-                reason = None
             except Refusal as refusal:
-                reason = refusal.reason
-            for site, edit in edits.items():
-                if not isinstance(edit, GraphEdit) or edit.owner != owner:
-                    continue
-                try:
-                    if reason is not None:
-                        raise Refusal(reason)
-                    home_of(traces[owner], edit)
+                reasons[owner] = refusal.reason
+        problems: dict[Site, str] = {}
+        for site, parts in in_code.items():
+            try:
+                for edit in parts:
+                    if edit.owner in reasons:
+                        raise Refusal(reasons[edit.owner])
+                    home_of(traces[edit.owner], edit)
                     for run in edit.emptied:
-                        cut(traces[owner], run)
-                except Refusal as refusal:
-                    problems[site] = refusal.reason
+                        cut(traces[edit.owner], run)
+            except Refusal as refusal:
+                problems[site] = refusal.reason
         return traces, problems
 
     def _trace(self, owner: str, paths: set[str]) -> Trace:
@@ -265,10 +215,15 @@ class Decider:
         if key not in self._traces:
             frame = self.frames.by_path[owner][0]
             module = self.scratch.get_submodule(owner)
-            self._traces[key] = retrace(
-                module, frame, self.evidence, self.constants, self.frames.calls[frame], opened
-            )
-        return self._traces[key]
+            try:
+                self._traces[key] = retrace(
+                    module, frame, self.evidence, self.constants, self.frames.calls[frame], opened
+                )
+            except Refusal as refusal:
+                self._traces[key] = refusal
+        if isinstance(found := self._traces[key], Refusal):
+            raise found
+        return found
 
 
 def _plan(planner: Planner, unit: Chain | Junction) -> ChainPlan:
@@ -280,9 +235,14 @@ def matches(path: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*") for glob in globs)
 
 
-def _grouped(sites: Sequence[Site], edits: dict[Site, Edit]) -> tuple[Decision, ...]:
+def _added(site: Site) -> Node | None:
+    """The concatenation that is to become a sum with a site."""
+    return site.opens.target if site.opens is not None else None
+
+
+def _grouped(sites: Sequence[Site], edits: dict[Site, Edits]) -> tuple[Decision, ...]:
     """One decision for all calls of the same modules."""
-    by_edit: dict[Edit, list[Site]] = {}
+    by_edit: dict[Edits, list[Site]] = {}
     for site in sites:
         by_edit.setdefault(edits[site], []).append(site)
     return tuple(Decision(group[0], edit, tuple(group[1:])) for edit, group in by_edit.items())

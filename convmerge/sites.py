@@ -31,7 +31,7 @@ def describe_sites(decider: Decider, decisions: Decisions, built: Sequence[Built
     for decision in decisions.merges:
         b = outcome.get(id(decision))
         refusal = b.refusal if b is not None else None
-        static = decider.proofs.proves(decision.edit)
+        static = decider.proofs.proves(decision.edits)
         for site in (decision.site, *decision.also):
             rows.append((_when(decider, site.elements), _merge_row(decider, site, b, refusal, static)))
     for denial in (*decisions.denials, *structural_denials(decider.evidence, decisions.regions)):

@@ -96,3 +96,5 @@ class GraphEdit:
 
 
 Edit = UnitEdit | GraphEdit
+# Of a site: the first one puts the merged layer in place, the others nothing.
+Edits = tuple[Edit, ...]

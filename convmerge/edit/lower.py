@@ -31,7 +31,7 @@ def lower(
 
     Raises Refusal where no way is known to be exact.
     """
-    _check_memory(frames.evidence, home, emptied)
+    check_memory(frames.evidence, home, emptied)
     gap = gap_of(home)
     try:
         if added is not None or edge_of(home) is not None:
@@ -73,8 +73,11 @@ def _joining_calls(home: Run, added: Node | None) -> list[Node]:
     return calls if added is None else [*calls, added]
 
 
-def _check_memory(evidence: Evidence, home: Run, emptied: Sequence[Run]) -> None:
-    """What stays reads its input at another time than some old layers: nothing may write in between."""
+def check_memory(evidence: Evidence, home: Run, emptied: Sequence[Run]) -> None:
+    """Raise Refusal where what a new layer, or a call that stays, reads is written to before it reads it.
+
+    It reads its input at another time than some of the old calls.
+    """
     writes = [
         (memory_root(nodes_of(c.args)[0]), c)
         for c in evidence.calls.values()

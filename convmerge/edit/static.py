@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Sequence
 
 from torch import fx, nn
 
-from convmerge.edit.edits import Edit, GraphEdit
+from convmerge.edit.edits import Edits, GraphEdit, UnitEdit
 from convmerge.evidence.capture import Signature, plain_defaults
 from convmerge.evidence.tracing import quiet, unmarked
 
@@ -25,22 +26,23 @@ class StaticProofs:
         self._signatures = signatures
         self._traces: dict[str, fx.Graph | None] = {}
 
-    def proves(self, edit: Edit) -> bool:
+    def proves(self, edits: Edits) -> bool:
         """Whether a trace of the smallest enclosing module makes the same calls on every path.
 
         A graph edit is one of such a trace. Modules in a row are proved if the trace calls each of them
         once and each but the last is read by the next one alone.
         """
-        if isinstance(edit, GraphEdit):
+        if len(edits) == 1 and isinstance(edits[0], GraphEdit):
             return True
-        owner = _common(edit.modules)
-        if len(edit.modules) == 1:
+        paths = [p for e in edits for p in (e.modules if isinstance(e, UnitEdit) else (e.owner,))]
+        owner = _common(paths)
+        if len(paths) == 1:
             module = self._scratch.get_submodule(owner)
             return type(module).__module__.startswith("torch.nn.") or self._trace(owner) is not None
         if (graph := self._trace(owner)) is None:
             return False
         start = len(owner) + 1 if owner else 0
-        names = {path[start:] for path in edit.modules}
+        names = {path[start:] for path in paths}
         calls = [n for n in graph.nodes if n.op == "call_module" and n.target in names]
         if sorted(str(n.target) for n in calls) != sorted(names):
             return False
@@ -60,7 +62,7 @@ class StaticProofs:
         return self._traces[path]
 
 
-def _common(paths: tuple[str, ...]) -> str:
+def _common(paths: Sequence[str]) -> str:
     """The longest module path that encloses all ``paths``; for a single path, itself."""
     common = paths[0].split(".")
     for path in paths[1:]:
