@@ -37,12 +37,15 @@ from convmerge.algebra import (
     without_fill,
 )
 from convmerge.algebra.axis import POINT, Axis
+from convmerge.borders.classes import bordered
 from convmerge.borders.leaks import join, join_geometry, leaks
 from convmerge.emit import build, emissions
+from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
 
 Law = Callable[[Draw], str]
 TRIES = 4  # input sizes a merge is compared at
+BLOCKED = 100_000  # work that takes too long to try
 
 
 def check(law: Law, draws: int, spatial: int, first: int = 0) -> Counter[str]:
@@ -198,6 +201,23 @@ def fills(draw: Draw) -> str:
         merged = join(form, merged)
     merged = merged.seen_as(without_fill(merged.geometry, rate))
     return same(draw, channels[0], lambda x: run(chain, x), merged, multiple=rate)
+
+
+@refusable
+def blocks(draw: Draw) -> str:
+    """A chain in blocks, with kernels for its borders, at sizes from the smallest on."""
+    chain = draw.chain(draw.random.choice([1, 2, 2, 3]))
+    b = bordered(tuple(form.geometry for form in chain))
+    if math.prod(b.rates) * math.prod(b.minimum) * b.low.weights > BLOCKED:
+        return "too large to try"
+    merged = build_bordered(b, chain, torch.float64)
+    for _ in range(TRIES):
+        size = [n + draw.random.randrange(6) for n in b.minimum]
+        x = draw.input(chain[0].geometry.in_channels, size)
+        expected = run(chain, x)
+        if expected is not None:
+            require_equal(merged(x), expected, size)
+    return "exact in blocks" if len(b.keys) == 1 else "exact with borders"
 
 
 @refusable

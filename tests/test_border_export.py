@@ -11,7 +11,7 @@ import laws
 import pytest
 import torch
 from generate import Draw, run
-from test_border_classes import NEAREST, RAGGED, SAME, STRIDED, THRICE, regular_chain, upscaler
+from test_border_classes import NEAREST, RAGGED, SAME, STRIDED, THRICE, WIDE, regular_chain, upscaler
 from torch import nn
 from torch.export import Dim
 
@@ -35,6 +35,9 @@ def chain_of(name: str) -> list[Affine]:
         "1-d": [[SAME], [NEAREST], [SAME]],
         "1-d by residues": [[STRIDED]] * 2,
         "3-d": [[SAME] * 3, [NEAREST] * 3, [SAME] * 3],
+        "stride first": [[STRIDED] * 2, [NEAREST, THRICE]],
+        "up and down": [[THRICE], [STRIDED]],
+        "several in a row": [[WIDE] * 2, [STRIDED, SAME]],
         "1-d phases": [[TRANSPOSED]],
         "2-d phases": [[TRANSPOSED] * 2],
         "2-d ragged phases": [[RAGGED, TRANSPOSED]],
@@ -46,7 +49,10 @@ def chain_of(name: str) -> list[Affine]:
     return [draw.form(channels[i], channels[i + 1], dims) for i, dims in enumerate(stages[name])]
 
 
-BORDERED = ["tail", "stem", "unequal rates", "ragged", "1-d", "1-d by residues", "3-d"]
+BORDERED = [
+    "tail", "stem", "unequal rates", "ragged", "1-d", "1-d by residues", "3-d", "stride first", "up and down",
+    "several in a row",
+]  # fmt: skip
 PHASES = ["1-d phases", "2-d phases", "2-d ragged phases", "3-d phases"]
 
 
@@ -75,7 +81,7 @@ def test_export_with_open_sizes(name: str) -> None:
         assert torch.equal(program(x), run(chain, x)), x.shape
 
 
-@pytest.mark.parametrize("name", ["tail", "stem", "unequal rates", "1-d", "2-d ragged phases"])
+@pytest.mark.parametrize("name", ["tail", "stem", "unequal rates", "1-d", "up and down", "several in a row"])
 def test_onnx_with_open_sizes(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")

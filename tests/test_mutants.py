@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,8 +20,10 @@ from generate import Draw
 from torch import Tensor, fx, nn
 
 from convmerge.affine import Affine, Geometry
-from convmerge.algebra import axis, bias, branches, edges, multiples, polyphase
+from convmerge.algebra import axis, bias, blocked, branches, edges, ends, multiples, polyphase
 from convmerge.algebra.axis import Axis, Composition, Placement
+from convmerge.algebra.blocked import Count, Rates
+from convmerge.borders import classes
 from convmerge.borders import leaks as borders
 from convmerge.borders.leaks import Leaks
 
@@ -32,7 +35,7 @@ interleave = importlib.import_module("convmerge.emit.interleave")
 
 LAWS = (
     laws.composes, laws.folds, laws.joins, laws.fades, laws.adds, laws.stacks, laws.splits, laws.commutes,
-    laws.builds, laws.fills,
+    laws.builds, laws.fills, laws.blocks,
 )  # fmt: skip
 DRAWS = {2: 60, 1: 150, 0: 20}
 Function = Callable[..., Any]
@@ -267,6 +270,45 @@ def phase_shift_forgotten_in_the_bias(
     right: Function, values: Tensor, up: Sequence[int], shift: Sequence[int]
 ) -> Tensor:
     return right(values, up, [0 for _ in shift])
+
+
+@mutant(blocked.rates_of)
+def rates_multiplied_without_a_common_block(right: Function, chain: Sequence[Axis]) -> Rates:
+    found = right(chain)
+    shared = math.gcd(*found)
+    return Rates(found.outputs // shared, found.inputs // shared)
+
+
+@mutant(blocked.blocked)
+def excess_taken_for_the_same_at_all_sizes(right: Function, chain: tuple[Axis, ...]) -> blocked.Blocked:
+    found = right(chain)
+    return found._replace(excess=found.excess[:1] * len(found.excess))
+
+
+@mutant(blocked._counts)
+def output_counted_without_the_last_floor(right: Function, chain: Sequence[Axis]) -> tuple[Count, ...]:
+    *rest, last = right(chain)
+    return (*rest, last._replace(plus=last.plus + last.over - 1))
+
+
+@mutant(ends._ends)
+def one_border_block_forgotten(right: Function, first: ends.Border, *rest: Any) -> ends.Ends:
+    return right(first._replace(blocks=max(first.blocks - 1, 0)), *rest)
+
+
+@mutant(ends._least)
+def smallest_size_of_one_residue(right: Function, trees: Any, large: int, *rest: int) -> int:
+    return max(1, right(trees, large, *rest) - 1)
+
+
+@mutant(classes._by_phase)
+def blocks_before_phases(
+    right: Function, outputs: Tensor, rates: Sequence[int], together: Sequence[int]
+) -> Tensor:
+    n = len(rates)
+    found = right(outputs, rates, together)
+    swapped = found.movedim(tuple(range(1, n + 1)), tuple(range(n + 1, 2 * n + 1)))
+    return swapped.reshape(found.shape)
 
 
 @mutant(build._transposed_weight)

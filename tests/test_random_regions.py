@@ -182,7 +182,7 @@ def test_stretches_of_random_regions(spatial: int, regions: int) -> None:
 
 MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
     "taps into padding kept": ("_adjoint", lambda right, *args: right(*args[:3], [None for _ in args[3]])),
-    "bias of another block": ("_bias", lambda right, *args: right(*args[:3], [1 for _ in args[3]])),
+    "bias of another block": ("_bias", lambda right, *args: right(*args[:4], [1 for _ in args[4]])),
     "kernel read from another input": ("_read", lambda right, *args: [p + 1 for p in right(*args)]),
 }
 

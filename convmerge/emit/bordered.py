@@ -143,10 +143,12 @@ class _Writer:
 
     def _counted(self, y: Node) -> Node:
         """As many outputs as there are, where the last block has more in a way that depends on the size."""
-        if not self.lengths:
-            return y
-        kept = (slice(None, self.lengths.get(dim)) for dim in range(self.n))
-        return self.graph.call_method("contiguous", (self._call(operator.getitem, y, (..., *kept)),))
+        for dim, length in self.lengths.items():
+            # torch.export fixes by example whether a slice drops anything.
+            device = self._call(getattr, y, "device")
+            kept = self.graph.call_function(torch.arange, (length,), {"device": device})
+            y = self._call(torch.index_select, y, dim - self.n, kept)
+        return y
 
     def _assembled(self, x: Node, chosen: Key) -> Node:
         """All classes with the segments ``chosen`` in the leading dimensions, concatenated."""
