@@ -1,4 +1,4 @@
-"""Border classes and interleaved phases after export with sizes left open, and without their assertions."""
+"""Border classes, interleaved phases and unfolded convolutions after export with sizes left open."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
 
 TRANSPOSED = Axis(4, 2, 1, 1, 2, 2)
+COVERING, SPREAD = Axis(5, 1, 1, 1, 0, 0), Axis(2, 1, 2, 3, 0, 0)
 
 
 def chain_of(name: str) -> list[Affine]:
@@ -42,6 +43,9 @@ def chain_of(name: str) -> list[Affine]:
         "2-d phases": [[TRANSPOSED] * 2],
         "2-d ragged phases": [[RAGGED, TRANSPOSED]],
         "3-d phases": [[TRANSPOSED] * 3],
+        "1-d unfolded": [[COVERING]],
+        "2-d unfolded": [[COVERING, SPREAD]],
+        "3-d unfolded": [[SPREAD, COVERING, COVERING]],
     }
     if name == "tail":
         return upscaler(Draw(6, 2), 3, (2, 2))
@@ -54,6 +58,7 @@ BORDERED = [
     "several in a row",
 ]  # fmt: skip
 PHASES = ["1-d phases", "2-d phases", "2-d ragged phases", "3-d phases"]
+UNFOLDED = ["1-d unfolded", "2-d unfolded", "3-d unfolded"]
 
 
 def module_of(name: str, chain: Sequence[Affine]) -> tuple[nn.Module, int]:
@@ -62,11 +67,14 @@ def module_of(name: str, chain: Sequence[Affine]) -> tuple[nn.Module, int]:
         form = functools.reduce(lambda inner, outer: join(outer, inner), chain)
         way = next(e for e in reversed(emissions(form.geometry)) if e.layers[-1].kind == "interleave")
         return build(form, way, torch.float64), 1
+    if name in UNFOLDED:
+        (way,) = (e for e in emissions(chain[0].geometry) if e.layers[0].kind == "unfolded")
+        return build(chain[0], way, torch.float64), COVERING.kernel
     b = bordered(tuple(form.geometry for form in chain))
     return build_bordered(b, chain, torch.float64), max(b.minimum)
 
 
-@pytest.mark.parametrize("name", [*BORDERED, *PHASES])
+@pytest.mark.parametrize("name", [*BORDERED, *PHASES, *UNFOLDED])
 def test_export_with_open_sizes(name: str) -> None:
     chain = chain_of(name)
     merged, least = module_of(name, chain)

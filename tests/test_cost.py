@@ -115,6 +115,25 @@ def test_zero_taps_are_chosen_over_padding_only_where_they_are_cheaper() -> None
     assert str(cheapest(large, (56, 56))[0]).startswith("ZeroPad2d")
 
 
+@pytest.mark.parametrize(
+    ("into", "out", "kernel", "size", "kind"),
+    [
+        (256, 4096, 6, 6, "unfolded"),  # the heads of AlexNet, VGG and LeNet
+        (512, 4096, 7, 7, "unfolded"),
+        (16, 120, 5, 5, "unfolded"),
+        (512, 512, 3, 9, "conv"),
+        (256, 256, 3, 16, "conv"),
+        (64, 64, 5, 60, "conv"),
+        (64, 64, 11, 58, "conv"),
+    ],
+)
+def test_large_kernels_on_small_maps_are_one_product(
+    into: int, out: int, kernel: int, size: int, kind: str
+) -> None:
+    way, _ = cheapest(conv(into, out, Axis(kernel, 1, 1, 1, 0, 0)), (size, size))
+    assert [layer.kind for layer in way.layers] == [kind]
+
+
 def pool(channels: int, kernel: int, stride: int) -> Geometry:
     return from_axes(channels, channels, channels, [Axis(kernel, 1, stride, 1, 0, 0)] * 2)
 

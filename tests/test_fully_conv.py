@@ -226,6 +226,19 @@ def test_windows_of_the_image_where_nothing_pads() -> None:
     assert site.reason.endswith("those of the input differ at their borders: 0 pads")
 
 
+def test_a_large_head_is_no_slower_form_of_itself() -> None:
+    """Its filter becomes one matrix product, the original's own, and takes every size all the same."""
+    model = classifier(nn.Flatten(), nn.Linear(5 * 6 * 5, 211), nn.ReLU(), nn.Linear(211, 3))
+    result = convmerge.fuse(model, torch.randn(1, 2, 14, 12).double(), fully_conv=True)
+    (site,) = (s for s in result.report.sites if "UnfoldedConv2d(5, 211, 6×5)" in s.reason)
+    assert site.latency_after < site.latency_before and site.macs_after == site.macs_before
+    assert torch.equal(result.model.state_dict()["4.weight"], model[4].weight)
+    larger = torch.randn(2, 2, 18, 19).double()
+    with torch.no_grad():
+        expected = windows(model[3:], model[:3](larger), (6, 5))
+        assert_same(expected, result.model(larger), "map")
+
+
 def test_weights_keep_their_numbers_names_and_dtype() -> None:
     model = classifier().bfloat16()
     model[4].requires_grad_(False)

@@ -171,7 +171,7 @@ def _biased(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     Whether they have one hardly matters for the time, and what takes over a bias is not to look slower by it.
     It does matter for transposed convolutions.
     """
-    usual = ("conv", "linear", "batched_linear")
+    usual = ("conv", "unfolded", "linear", "batched_linear")
     return tuple(
         replace(x, geometry=replace(x.geometry, bias=True)) if x.kind in usual else x for x in layers
     )

@@ -104,6 +104,7 @@ _LAYERS: dict[str, Kind] = {
     "batched_rows": "batched_rows",
     "conv": "conv",
     "conv_transpose": "conv_transpose",
+    "unfolded": "unfolded",
 }
 # Operators that are not convolutions or linear layers, by name → kind.
 _KINDS = {

@@ -72,6 +72,7 @@ RATES = {
     "transposed": Rate(180e9, 4e9, 9e-6),
     "transposed depthwise": Rate(4.5e9, 10e9, 20e-6),
     "linear": Rate(100e9, 70e9, 4e-6),
+    "unfolded": Rate(100e9, 70e9, 9e-6),
     "batched": Rate(130e9, 24e9, 8.5e-6),
     "select": Rate(math.inf, 24e9, 1.5e-6),
     "view": Rate(math.inf, math.inf, 1e-6),
@@ -109,6 +110,7 @@ CACHED, MEMORY = 24e6, 45e9
 # pixel_shuffle on 31 to 256 MiB; kernels that lay out their maps in blocks have a buffer for each one more.
 MAPPED, FAULTS = 2**25, 3.8e9
 BLOCKED = frozenset({"blocked", "pointwise", "grouped", "depthwise", "transposed", "transposed depthwise"})
+GATHERED = 25  # how many times the numbers under a kernel count as moved to be laid side by side
 JOINT = 4e-6  # seconds for every border class: its slice, its call, its place in the concatenation
 
 
@@ -148,6 +150,8 @@ def _kernel_load(layer: Layer, size: Sequence[int], batch: int, dtype: torch.dty
         return _batched(g, batch, dtype, ROWS_MAPS, ROWS_WEIGHTS)
     if layer.kind == "linear":
         return Load("linear", work, maps + weights)
+    if layer.kind == "unfolded":
+        return _unfolded(g, size, batch, dtype)
     if layer.kind == "conv_transpose":
         depthwise = g.groups > 1 and g.groups == g.in_channels
         return Load("transposed depthwise" if depthwise else "transposed", work, maps + weights)
@@ -207,6 +211,15 @@ def _batched(g: Geometry, batch: int, dtype: torch.dtype, maps: float, weights: 
     work = batch * g.macs(()) * _blocks(into, 4) * (_blocks(out, BLOCK) if batch > 1 else 1)
     moved = maps * batch * sum(activations(g, ())) + weights * g.weights
     return Load("batched", work, moved * bytes_of(dtype))
+
+
+def _unfolded(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:
+    positions = batch * math.prod(g.out_size(size))
+    # A kernel that covers the map reads it where it is.
+    rows = GATHERED * positions if any(n > 1 for n in g.out_size(size)) else 0
+    weights = (NATIVE_WEIGHTS if positions > 1 else 1) * g.weights
+    moved = batch * sum(activations(g, size)) + rows * g.in_channels * math.prod(g.kernel) + weights
+    return Load("unfolded", batch * g.macs(size), moved * bytes_of(dtype))
 
 
 def _native(g: Geometry, size: Sequence[int], batch: int, dtype: torch.dtype) -> Load:

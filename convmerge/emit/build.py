@@ -17,10 +17,11 @@ from convmerge.algebra.polyphase import polyphase
 from convmerge.emit.batched import batched_linear, batched_rows
 from convmerge.emit.interleave import interleaver
 from convmerge.emit.layer import Emission, Layer, transposed_padding
+from convmerge.emit.unfolded import unfolded_conv
 from convmerge.emit.ways import emissions
 from convmerge.errors import Refusal
 
-WITH_WEIGHTS = ("linear", "batched_linear", "batched_rows", "conv", "conv_transpose")
+WITH_WEIGHTS = ("linear", "batched_linear", "batched_rows", "conv", "conv_transpose", "unfolded")
 # Which weights a memory format applies to.
 _RANK = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
@@ -86,6 +87,8 @@ def _numbers(form: Affine, emission: Emission) -> tuple[Tensor, Tensor | None]:
         blocks = blocks.reshape(n, -1, blocks.shape[1])
         bias = None if form.bias is None else form.bias.reshape((n, 1, -1) if rows else (n, -1, 1))
         return blocks.transpose(1, 2) if rows else blocks, bias
+    if layer.kind == "unfolded":
+        return weight.flatten(1), form.bias
     if form.ones is not None:
         weight = torch.cat([weight, form.ones.unsqueeze(1)], 1)
     dims = axes(layer.geometry)
@@ -110,6 +113,8 @@ def empty_layer(layer: Layer, dtype: torch.dtype) -> nn.Module:
         return batched_linear(g, dtype, "meta")
     if layer.kind == "batched_rows":
         return batched_rows(g, dtype, "meta")
+    if layer.kind == "unfolded":
+        return unfolded_conv(g, dtype, "meta")
     if layer.kind == "conv":
         conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
         sizes = (g.kernel, g.down, g.lo, g.dilation)

@@ -15,6 +15,7 @@ Kind = Literal[
     "batched_rows",
     "conv",
     "conv_transpose",
+    "unfolded",
     "pad",
     "ones",
     "shuffle",
@@ -29,7 +30,7 @@ Kind = Literal[
 class Layer:
     """One layer: its kind, and what it computes. ``pad`` also crops; ``ones`` appends channels of ones;
     ``shuffle`` is PixelShuffle, ``interleave`` the same at any rates and with a crop; ``flatten`` puts the
-    positions of every channel among the channels.
+    positions of every channel among the channels; ``unfolded`` is a convolution as one matrix product.
     """
 
     kind: Kind
@@ -97,7 +98,7 @@ def _describe(layer: Layer) -> str:
     usual = {"stride": 1, "dilation": 1}
     said = [f"{name} {_short(v)}" for name, v in options.items() if set(v) != {usual.get(name, 0)}]
     said += [f"groups {g.groups}"] if g.groups > 1 else []
-    name = "ConvTranspose" if layer.kind == "conv_transpose" else "Conv"
+    name = {"conv_transpose": "ConvTranspose", "unfolded": "UnfoldedConv"}.get(layer.kind, "Conv")
     return f"{name}{n}d({', '.join([str(g.in_channels), str(g.out_channels), words(g.kernel), *said])})"
 
 

@@ -30,7 +30,7 @@ def emissions(g: Geometry) -> tuple[Emission, ...]:
     if g.spatial == 0:
         return tuple(_products(g))
     if math.prod(g.up) == 1:
-        return tuple(_convolutions(g))
+        return (*_convolutions(g), *_unfolded(g))
     phases = tuple(_phases(g))
     # No transposed convolution strides, or has a bias that depends on the position.
     return phases if g.phased or math.prod(g.down) > 1 else (_transposed(g), *phases)
@@ -70,6 +70,13 @@ def _widened(g: Geometry) -> Iterator[Emission]:
         back.append((padding - a.hi) // dilation)
         dims.append(Axis(a.kernel + front[-1] + back[-1], 1, a.down, dilation, padding, padding))
     yield Emission((*_ones(g), _conv(g, dims)), tuple(front), tuple(back))
+
+
+def _unfolded(g: Geometry) -> Iterator[Emission]:
+    """One matrix product; for large kernels on small maps."""
+    if g.groups == 1 and not g.ones and not g.pointwise and not any(g.lo) and not any(g.hi):
+        none = (0,) * g.spatial
+        yield Emission((Layer("unfolded", g),), none, none)
 
 
 def _transposed(g: Geometry) -> Emission:

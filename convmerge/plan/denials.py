@@ -61,13 +61,18 @@ def _in_blocks(planner: Planner, element: Element) -> Denial | None:
     place, before = place_of(planner.evidence, (element,)), planner.cost_as_is((element,))
     try:
         site = planner.site((element,), before)
-        blocks = site and planner.maker.in_blocks(site, lambda g: emissions(g)[-1:])
+        blocks = site and planner.maker.in_blocks(site, _smallest)
     except Refusal:
         return None
     if place is None or blocks is None or blocks.blocks is None:
         return None
     reason = f"{blocks.blocks.words} in its weight, which cost more by themselves"
     return Denial((element,), place, reason, before, blocks.after)
+
+
+def _smallest(g: Geometry) -> tuple[Emission, ...]:
+    """The way to build a block with the fewest weights."""
+    return emissions(g)[:1] if g.spatial else emissions(g)[-1:]
 
 
 def denial(planner: Planner, elements: Chain) -> Denial:

@@ -76,11 +76,22 @@ class Maker:
         return Site(elements, place, run, (), place, geometry, emission, before, cost, spare=FREE_MACS)
 
     def alone(self, element: Element) -> bool:
-        """Whether an operator can become another one by itself: its channels fall apart into blocks."""
+        """Whether an operator can become another one by itself: its channels fall apart into blocks, or it is
+        a convolution that covers its map.
+        """
         if not isinstance(element, Leaf) or not isinstance(element.step, Filter):
             return False
+        if self._covers(element, element.step):
+            return True
         by_hand = element.step.kind.endswith("blocks") and element.step.geometry.groups > 1
         return by_hand or (not moves_channels(element) and self.patterns.found(element))
+
+    def _covers(self, leaf: Leaf, step: Filter) -> bool:
+        """Whether a convolution that can be one matrix product gives a single position."""
+        g, place = step.geometry, Place(step.axis, self.evidence.size(leaf.source))
+        if step.kind.split()[0] != "conv" or any(n != 1 for n in g.out_size(place.size)):
+            return False
+        return any(layer.kind == "unfolded" for way in emissions(g) for layer in way.layers)
 
     def in_blocks(self, whole: Site, ways_of: Ways = emissions) -> Site | None:
         """The same elements as independent blocks, built in one of some ways; None where there are none."""

@@ -31,7 +31,6 @@ import zoo
 import convmerge
 from convmerge.benchmark import benchmark
 from convmerge.inputs import Inputs, as_inputs
-from convmerge.passes.fully_conv import fully_convolutional
 from convmerge.passes.windows import OnWindows, Windows
 
 COLUMNS = "{:40} {:>17} {:>17} {:>19} {:>19} {:>8} {:>15}"
@@ -85,7 +84,7 @@ def windows(name: str, size: int, larger: int) -> Case:
 def converted_model(name: str, size: int) -> tuple[nn.Module, nn.Module, Inputs]:
     model, x = zoo.torchvision(name, size)
     inputs = as_inputs(x)
-    return model.eval(), fully_convolutional(model.eval(), inputs).model, inputs
+    return model.eval(), convmerge.fuse(model.eval(), inputs, fully_conv=True).model, inputs
 
 
 def copies(share: float) -> Case:
