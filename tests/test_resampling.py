@@ -171,6 +171,20 @@ def test_pointwise_filters_in_front_of_a_reduction_run_behind_it(index: int) -> 
     unchanged_at_other_sizes(result, model, 7)
 
 
+def test_a_pooled_map_is_mixed_before_it_is_resized_to_the_shape_of_the_whole() -> None:
+    """As in the image pooling of DeepLab."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        pooled = m.c(F.interpolate(F.adaptive_avg_pool2d(x.relu(), 1).relu(), size=size))  # type: ignore[operator]
+        return pooled.sigmoid() * x  # type: ignore[no-any-return]
+
+    model = randomised(Function(forward, c=conv(23, 23, 1)))
+    result = convmerge.fuse(model, normal(1, 23, 13, 16))
+    assert [site.reason for site in result.report.merged()] == ["one Conv2d(23, 23, 1×1) in front of interpolate"]
+    unchanged_at_other_sizes(result, model, 23)
+
+
 def test_modules_in_a_row_stay_such() -> None:
     """Without code of its own, the file of the result can be loaded without trusting it."""
     up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)

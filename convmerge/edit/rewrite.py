@@ -182,7 +182,7 @@ def _insert_beside(
 ) -> None:
     """Put a call of the module ``name`` in front of the nodes of a cut, which stay, or behind them."""
     if side == "front":
-        with graph.inserting_before(copies[part.nodes[0]]):
+        with graph.inserting_before(copies[part.entries[0][0]]):
             new = graph.call_module(name, (copies[part.source],))
         for node, read in part.entries:
             copies[node].replace_input_with(copies[read], new)
