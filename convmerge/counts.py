@@ -26,6 +26,7 @@ KINDS = {
     },
     **{name: name for name in ("interpolate", "pixel_shuffle", "pixel_unshuffle", "cat", "pad", "einsum")},
     **{name: name for name in ("bmm", "baddbmm", "index_select")},
+    **{f"upsample_{mode}": "interpolate" for mode in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d")},
     "__truediv__": "div",
     "__matmul__": "matmul",
     "scaled_dot_product_attention": "attention",
@@ -43,7 +44,7 @@ class _Counter(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        kind = KINDS.get(getattr(func, "__name__", ""))
+        kind = KINDS.get(getattr(func, "__name__", "").partition(".")[0])  # conv2d.default in programs
         if kind is not None and isinstance(result, Tensor):
             self.calls[kind] += 1
             self.macs += _macs(kind, args, kwargs, result)

@@ -250,4 +250,4 @@ def _grouped(sites: Sequence[Site], edits: dict[Site, Edits]) -> tuple[Decision,
 
 def site_paths(evidence: Evidence, elements: Sequence[Element] | Chain) -> list[str]:
     """Module paths of the operators, in order, each once."""
-    return list(dict.fromkeys(evidence.calls[node].path for node in calls_of(elements)))
+    return list(dict.fromkeys(evidence.calls[node].place for node in calls_of(elements)))

@@ -173,8 +173,8 @@ class Report:
         seconds: stage → time taken.
         file_bytes: ``before`` and ``after``, where files are involved.
         output: the file that was written, or None.
-        output_inputs: what each of its inputs may be, such as ``batch×3×height×width float32``, for a file that
-            holds a graph (.pt2, .onnx).
+        output_inputs: what each of its inputs may be, such as ``batch×3×height×width float32``, for a file
+            that holds a graph (.pt2, .onnx).
     """
 
     command: str

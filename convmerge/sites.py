@@ -138,14 +138,14 @@ def _refused_calls(decider: Decider, regions: Regions) -> list[tuple[int, SiteRe
     for node, reason in regions.refused.items():
         call = decider.evidence.calls[node]
         if call.op in APPLY or any(n in filters for n in (*node.all_input_nodes, *node.users)):
-            site = SiteReport(call.leaf, (call.op,), "", "refuse", reason, modules=(call.path,))
+            site = SiteReport(call.leaf, (call.op,), "", "refuse", reason, modules=(call.place,))
             rows.append((call.index, site))
     return rows
 
 
 def _paths(decider: Decider, elements: Sequence[Element]) -> list[str]:
     """The modules that run the elements."""
-    return list(dict.fromkeys(decider.evidence.calls[node].path for node in _calls(elements)))
+    return list(dict.fromkeys(decider.evidence.calls[node].place for node in _calls(elements)))
 
 
 def place_name(paths: Sequence[str]) -> str:

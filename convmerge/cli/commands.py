@@ -232,8 +232,8 @@ def _of_two(
     with printing.terminal().working() as progress:
         clock = Clock()
         with clock.stage("load", progress):
-            first, inputs = _open(a, source)
-            second = source.open(b)
+            first, second = source.open(a), source.open(b)
+            inputs = source.example_inputs(second if first.inputs is None and second.inputs else first)
         with clock.stage(stage, progress):
             report = found(first.module, second.module, inputs)
     return dataclasses.replace(

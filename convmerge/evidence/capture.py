@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class Call:
         stack: the module calls it ran in, outermost first, beginning with the root (path "").
         mutates: whether it writes into its first argument.
         index: position in execution order.
+        origin: for a call in the code of an exported program, the module it was made in when that was exported.
     """
 
     node: Node
@@ -73,6 +74,7 @@ class Call:
     stack: tuple[Frame, ...]
     mutates: bool
     index: int
+    origin: str = ""
 
     @property
     def path(self) -> str:
@@ -80,9 +82,14 @@ class Call:
         return self.stack[-1].path
 
     @property
+    def place(self) -> str:
+        """Where it is, for people: the module path, of a program's call the one it had."""
+        return self.path or self.origin
+
+    @property
     def leaf(self) -> str:
-        """Where it is, for people: the module path, or the operator inside the root."""
-        return self.path or self.op
+        """The place, or the operator inside the root."""
+        return self.place or self.op
 
 
 @dataclass(eq=False)
@@ -108,8 +115,8 @@ class Evidence:
     eager: bool = False
 
     def size(self, node: Node) -> tuple[int, ...]:
-        """Shape of a tensor value on the example inputs."""
-        return tuple(int(n) for n in node.meta["val"].shape)
+        """Shape of a tensor value on the example inputs; 0 where it depends on a constant's values."""
+        return tuple(n if isinstance(n, int) else 0 for n in node.meta["val"].shape)
 
     def dtype(self, node: Node) -> torch.dtype:
         """Dtype of a tensor value."""
@@ -177,8 +184,6 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     unseen = contextlib.redirect_stderr(io.StringIO())  # where it fails, it prints the graph it has so far
     with quiet(), unseen, VisibleData(), _record_calls(model) as recorded, torch.no_grad():
         program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
-    if any(_of_unknown_size(node) for node in program.graph.nodes):
-        raise ValueError("the size of a tensor depends on values")
     if any("_has_compatible_shallow_copy_type" in str(node.target) for node in program.graph.nodes):
         raise ValueError("it replaces the .data of a tensor, which the exported graph does not show")
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -190,10 +195,24 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
             value = store.get(target) if target is not None else None
             if isinstance(value, Tensor):
                 tensors[node] = (str(target), value.detach())
+    if any(_of_unknown_size(node) for node in _depending(program.graph, tensors.keys())):
+        raise ValueError("the size of a tensor depends on values")
     if "" not in recorded:  # a traced module at the root: export runs it node by node and does not call it
         single = program.call_spec.out_spec is not None and program.call_spec.out_spec.is_leaf()
         recorded[""] = [(inputs.args, inputs.kwargs, inputs.tensors()[0] if single else None)]
-    return _evidence(program.graph, tensors, canonical, _signatures(recorded, canonical))
+    # The code of a traced module remembers the modules whose calls were traced, which it does not call itself.
+    called = frozenset(recorded) if isinstance(model, fx.GraphModule) else None
+    return _evidence(program.graph, tensors, canonical, _signatures(recorded, canonical), called)
+
+
+def _depending(graph: fx.Graph, tensors: Collection[Node]) -> set[Node]:
+    """What depends on the model's inputs."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        is_input = node.op == "placeholder" and node not in tensors
+        if is_input or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _of_unknown_size(node: Node) -> bool:
@@ -241,6 +260,7 @@ def _evidence(
     tensors: dict[Node, tuple[str, Tensor]],
     canonical: dict[str, str],
     signatures: dict[str, Signature],
+    called: Collection[str] | None = None,
 ) -> Evidence:
     """Normalise a traced graph, which the result owns from then on."""
     drop_idle(graph)
@@ -249,7 +269,7 @@ def _evidence(
     outputs: set[Node] = set()
     for index, node in enumerate(graph.nodes):
         if node.op == "call_function":
-            calls[node] = _call(node, index, canonical)
+            calls[node] = _call(node, index, canonical, called)
         elif node.op == "output":
             outputs.update(node.all_input_nodes)
         elif node not in tensors:
@@ -257,15 +277,19 @@ def _evidence(
     return Evidence(graph, calls, tensors, inputs, outputs, signatures)
 
 
-def _call(node: Node, index: int, canonical: dict[str, str]) -> Call:
-    stack = [ROOT]
+def _call(node: Node, index: int, canonical: dict[str, str], called: Collection[str] | None) -> Call:
+    stack, origin = [ROOT], ""
     for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
         path = _SLICE.sub(_sliced, path.split("@")[0])
-        if path:
-            stack.append(Frame(canonical.get(path, path), key))
+        path = canonical.get(path, path)
+        if called is not None and path not in called:
+            origin = path
+        elif path:
+            stack.append(Frame(path, key))
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return Call(node, getattr(node.target, "__name__", str(node.target)), {}, tuple(stack), False, index)
+        name = getattr(node.target, "__name__", str(node.target))
+        return Call(node, name, {}, tuple(stack), False, index, origin)
     args: dict[str, Any] = {}
     for position, parameter in enumerate(schema.arguments):
         if position < len(node.args):
@@ -277,7 +301,7 @@ def _call(node: Node, index: int, canonical: dict[str, str]) -> Call:
     name = schema.name.split("::")[-1]
     mutates = bool(schema.is_mutable)
     op = name.removesuffix("_") if mutates and not name.startswith("_") else name
-    return Call(node, op, args, tuple(stack), mutates, index)
+    return Call(node, op, args, tuple(stack), mutates, index, origin)
 
 
 # How torch.export names a module reached through a slice of a container, in models with shared modules.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -24,7 +25,7 @@ class Program:
     """What a .pt2 file holds.
 
     Attributes:
-        module: a traced module without code of the original's, which checks the program's guards when it runs.
+        module: a traced module without code of the original's, which checks the program's guards.
         inputs: those it was exported with, None where the file has none.
         sizes: which sizes of them are open; None where there are no inputs.
         notes: what the user should know.
@@ -58,8 +59,8 @@ def from_program(program: ExportedProgram) -> Program:
     if not program.example_inputs:
         return Program(module, None, None)
     args, kwargs = program.example_inputs
-    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
-    inputs = Inputs(tuple(args), dict(kwargs), names=tuple(names[: len(args)]))
+    names = tuple(inspect.signature(module.forward).parameters)[: len(args)]
+    inputs = Inputs(tuple(args), dict(kwargs), names=names)
     return Program(module, inputs, _open_sizes(program, inputs))
 
 
@@ -68,21 +69,39 @@ def plain_module(program: ExportedProgram) -> fx.GraphModule:
 
     torch's own form flattens its arguments and nests its results by tree specifications, which torch.fx does
     not trace again. It is kept where arguments are nested, or results are of classes registered with pytree.
+    Its hooks go: they check what the guards check.
     """
     module = as_module(program)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None and out_spec is not None
-    output = module.graph.output_node()
     flat = all(child.is_leaf() for group in in_spec.children() for child in group.children())
-    if not flat or not _is_plain(out_spec):
-        return module
-    (values,) = output.args
-    output.args = (pytree.tree_unflatten(values, out_spec),)  # type: ignore[arg-type]
-    module.graph.set_codegen(CodeGen())
-    for name in ("_in_spec", "_out_spec"):
-        vars(module).pop(name, None)
+    if flat and _is_plain(out_spec):
+        output = module.graph.output_node()
+        (values,) = output.args
+        output.args = (pytree.tree_unflatten(values, out_spec),)  # type: ignore[arg-type]
+        names = list(inspect.signature(module.forward).parameters)
+        for node, name in zip(module.graph.find_nodes(op="placeholder"), names, strict=True):
+            node.target = name
+        module.graph.set_codegen(CodeGen())
+    for node in module.graph.find_nodes(op="call_module"):
+        guards = module.get_submodule(str(node.target))
+        if type(guards).__name__ == "GuardsFn":
+            setattr(module, str(node.target), _plain_guards(guards, len(node.args)))
     module.graph.lint()
-    module.recompile()
+    return fx.GraphModule(module, module.graph, class_name="ExportedProgram").eval()
+
+
+def _plain_guards(guards: nn.Module, count: int) -> nn.Module:
+    """A program's checks of its inputs as a traced module; torch keeps them as code made while loading."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    try:
+        guards(*(fx.Proxy(graph.placeholder(f"input_{index}"), tracer) for index in range(count)))
+    except Exception:  # a check that is no chain of operators: it stays as it is, and cannot be pickled
+        return guards
+    graph.output(None)
+    module = fx.GraphModule(nn.Module(), graph, class_name="Guards")
+    module._is_impure = True  # type: ignore[assignment]
     return module
 
 

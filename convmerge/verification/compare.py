@@ -7,16 +7,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from convmerge.errors import ConvmergeError
+from convmerge.inputs.random import random_state_kept
 from convmerge.report import Comparison, Verification
 from convmerge.verification import errormodel, variants
 from convmerge.verification.errormodel import FAIL, Reading, Reference, Run, Size, call, floating, private
@@ -40,6 +40,7 @@ __all__ = [
 
 WARN = 4.0  # times the original's own error: the same function, but worth a look
 CHAOTIC = 0.01  # of the output: from here on the original's own error would hide a mistake
+GUARD = "Guard failed"  # how torch.export begins the message of a check of inputs
 ORDER_OF_SUMS = 1e-9  # of the output, in float64: more than sums in another order can make of equal weights
 MORE_SAMPLES = 3  # further inputs run in float64 where the usual two leave doubts
 
@@ -60,7 +61,7 @@ def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: 
         ConvmergeError: no verdict: a does not run on the inputs, gives another result each time, or
             gives nothing finite to compare.
     """
-    with _random_state_kept():
+    with random_state_kept():
         pair = _Pair(private(a), private(b))
         try:
             runs, refused = _run_all(pair, inputs, seed, more)
@@ -68,7 +69,7 @@ def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: 
             readings = _read(pair, runs, first, reference, seed)
         except _NotEqualError as error:
             return Verification(False, str(error))
-    return _verdict(runs, readings, refused, reference.note)
+    return _verdict(runs, readings, _not_accepted(refused, pair), reference.note)
 
 
 def same_in_float64(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0) -> str | None:
@@ -81,7 +82,7 @@ def same_in_float64(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0
     """
     wide = inputs.to(torch.float64)
     try:
-        with _random_state_kept():
+        with random_state_kept():
             expected, found = (call(private(model, torch.float64), wide) for model in (a, b))
     except Exception:  # a dtype is fixed somewhere
         verdict = compare(a, b, inputs, seed=seed, more=False)
@@ -104,18 +105,31 @@ class _NotEqualError(Exception):
     """The models differ in a way that is no matter of degree."""
 
 
+class _OutsideError(Exception):
+    """The other model is an exported program, and says that it is not for these inputs."""
+
+
 @dataclass(frozen=True)
 class _Pair:
+    """Two models; ``outside`` takes in what the other one, an exported program, is not for."""
+
     a: nn.Module
     b: nn.Module
+    outside: list[str] = field(default_factory=list)
 
     def run(self, inputs: Inputs) -> Run:
-        """Raises whatever a raises; _NotEqualError where only b does, or its output is built differently."""
+        """Raises whatever a raises; _NotEqualError where only b does, or its output is built differently.
+
+        Raises _OutsideError where b is an exported program that is not for these inputs.
+        """
         a = call(self.a, inputs)
         where = f"on {variants.shapes(inputs)}"
         try:
             b = call(self.b, inputs)
         except Exception as error:
+            if isinstance(error, AssertionError) and str(error).startswith(GUARD):
+                self.outside.append(where)
+                raise _OutsideError(str(error)) from error
             raise _NotEqualError(
                 f"the original runs {where}, the other fails: {first_line(error)}"
             ) from error
@@ -142,6 +156,11 @@ def _run_all(pair: _Pair, inputs: Inputs, seed: int, more: bool) -> tuple[list[R
         again = call(pair.a, inputs)
     except _NotEqualError:
         raise
+    except _OutsideError as error:
+        raise ConvmergeError(
+            f"the other is an exported program that is not for {variants.shapes(inputs)}: {error}",
+            hint="give inputs that both take with --input",
+        ) from error
     except Exception as error:
         raise ConvmergeError(
             f"the original does not run on {variants.shapes(inputs)}: {first_line(error)}",
@@ -206,7 +225,7 @@ def about_equal(x: Tensor, y: Tensor) -> bool:
 def _check_informative(outputs: Leaves) -> None:
     tensors = [x for x in outputs.values() if isinstance(x, Tensor) and x.numel()]
     if not any(bool(x.isfinite().any()) for x in tensors):
-        what = "only NaN and infinities" if tensors else "no tensor"
+        what = "only NaN and infinities" if tensors else "no tensor with numbers in it"
         raise ConvmergeError(
             f"the original returns {what} on these inputs", hint="give representative inputs"
         )
@@ -237,7 +256,12 @@ def _read(pair: _Pair, runs: list[Run], first: Reading, reference: Reference, se
     return readings
 
 
-def _verdict(runs: list[Run], readings: list[Reading], refused: list[str], note: str) -> Verification:
+def _not_accepted(refused: list[str], pair: _Pair) -> str:
+    which = "one of them" if pair.outside else "the original"
+    return f"{which} does not accept {' and '.join(refused)}" if refused else ""
+
+
+def _verdict(runs: list[Run], readings: list[Reading], refused: str, note: str) -> Verification:
     ratios = errormodel.ratios(runs, readings)
     worst = max(ratios)
     comparisons = tuple(map(_comparison, runs, readings, ratios))
@@ -250,9 +274,8 @@ def _verdict(runs: list[Run], readings: list[Reading], refused: list[str], note:
         reason = f"equal up to rounding: {measured}"
     else:
         reason = "equal, without any difference on these inputs"
-    notes = [f"the original does not accept {' and '.join(refused)}"] if refused else []
-    notes += [note] if note else []
-    return Verification(worst <= FAIL, "; ".join([reason, *_chaos(runs[0], readings), *notes]), comparisons)
+    notes = [text for text in (*_chaos(runs[0], readings), refused, note) if text]
+    return Verification(worst <= FAIL, "; ".join([reason, *notes]), comparisons)
 
 
 def _chaos(first: Run, readings: list[Reading]) -> list[str]:
@@ -283,10 +306,3 @@ def _distance(a: Leaves, b: Leaves) -> tuple[float, float]:
     return max(apart, default=0.0), Size(0.0, max(apart, default=0.0)).over(
         Size(0.0, max(scale, default=0.0))
     ).peak
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        yield

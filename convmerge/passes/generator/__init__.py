@@ -177,7 +177,7 @@ def _row(evidence: Evidence, fold: Fold, refusal: str | None) -> SiteReport:
     layer = fold.layer
     nodes = [layer.node, *calls_of((*fold.before, *fold.after))]
     nodes += [fold.generator.node] if fold.generator is not None else []
-    paths = [call.path for call in sorted((evidence.calls[node] for node in nodes), key=lambda c: c.index)]
+    paths = [call.place for call in sorted((evidence.calls[node] for node in nodes), key=lambda c: c.index)]
     kernel = "×".join(map(str, layer.geometry.kernel))
     own = f"computed {evidence.calls[layer.node].op.rstrip('123d')} {kernel}".strip()
     names = (*operator_names(fold.before), own, *operator_names(fold.after))
