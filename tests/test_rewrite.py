@@ -404,6 +404,35 @@ def test_code_that_changes_its_input_between_branches() -> None:
     fused(randomised(model), random(*MAP))
 
 
+@pytest.mark.parametrize("back", ["reshape_as", "view_as"])
+def test_a_value_that_is_read_for_its_shape_too_merges(back: str) -> None:
+    """LeViT's norm of tokens. The layer must not stand where the shape that is read becomes another one."""
+    model = randomised(
+        Function(
+            lambda m, x: getattr(m.norm((y := m.lin(x)).flatten(0, 1)), back)(y).relu(),
+            lin=nn.Linear(11, 7, bias=False),
+            norm=nn.BatchNorm1d(7),
+        )
+    )
+    result = fused(model, random(1, 5, 11))
+    assert not result.report.warnings
+    assert isinstance(result.model.lin, nn.Linear) and isinstance(result.model.norm, nn.Identity)
+    other = random(3, 4, 11)
+    assert_close(result.model(other), model(other))
+
+
+def test_a_value_that_another_one_is_expanded_to_merges() -> None:
+    model = randomised(
+        Function(
+            lambda m, x: x.mean((2, 3), keepdim=True).expand_as(y := m.conv(x)).tanh() + m.norm(y).relu(),
+            conv=nn.Conv2d(6, 6, 3),
+            norm=nn.BatchNorm2d(6),
+        )
+    )
+    result = fused(model, random(*MAP))
+    assert "batch_norm" not in models.operators(result.model, random(*MAP)), reasons(result)
+
+
 # --- Files --------------------------------------------------------------------------------------------------
 
 LOAD = """

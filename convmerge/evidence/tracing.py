@@ -70,6 +70,12 @@ def _alike(old: Tensor, new: Tensor) -> bool:
     return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
 
 
+# Calls that give a tensor the shape of another one → the same with numbers.
+SHAPED_AS: dict[Any, Any] = {
+    torch.ops.aten.reshape_as.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.view_as.default: torch.ops.aten.view.default,
+    torch.ops.aten.expand_as.default: torch.ops.aten.expand.default,
+}
 DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 
@@ -77,12 +83,15 @@ def drop_idle(graph: fx.Graph) -> None:
     """Remove calls that returned the very tensor they were given, such as dropout at inference.
 
     The tracer takes every later use of that tensor for a use of the call's result, which ties together what
-    has nothing to do with each other.
+    has nothing to do with each other. Reading a tensor for its shape alone does so too: it becomes numbers.
     """
     for node in list(graph.nodes):
         if _is_idle(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in SHAPED_AS and isinstance(node.meta.get("val"), Tensor):
+            node.target = SHAPED_AS[node.target]
+            node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
 
 
 def _is_idle(node: Node) -> bool:

@@ -63,9 +63,10 @@ def homes(geometries: Geometries, runs: Sequence[Run], possible: Sequence[bool])
     solid = [index for index in range(len(runs)) if possible[index] and index not in gaps]
     least = min((positions[index] for index in range(len(runs)) if index not in gaps), default=math.inf)
     if not fixed:
-        # The fewest positions; the last of equals, so that nothing large is computed early.
+        # The fewest positions; of equals where views meet as many channels as before, which code may have
+        # written into them; of these the last, so that nothing large is computed early.
         wanted = [i for i in ends or gaps if positions[i] < least] + ([] if ends else solid)
-        found = sorted(wanted, key=lambda index: (positions[index], -index))
+        found = sorted(wanted, key=lambda index: (positions[index], _changed(geometries, index), -index))
     else:
         found = [] if ends else [index for index in fixed if possible[index]]
     if not found and ends:
@@ -73,6 +74,13 @@ def homes(geometries: Geometries, runs: Sequence[Run], possible: Sequence[bool])
     if not found:
         raise Refusal("a term of the sum ends in no filter that it could merge with")
     return found
+
+
+def _changed(geometries: Geometries, home: int) -> int:
+    """Between how many runs the number of channels changes when all but ``home`` vanish."""
+    first, last = geometries[0][1].in_channels, geometries[-1][1].out_channels
+    between = enumerate(g.out_channels for _, g in geometries[:-1])
+    return sum(channels != (first if index < home else last) for index, channels in between)
 
 
 def at_home(geometries: Geometries, home: int) -> Geometry:
