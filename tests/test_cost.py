@@ -25,6 +25,10 @@ def conv(into: int, out: int, axis: Axis = SAME, groups: int = 1) -> Geometry:
     return from_axes(into, out, groups, [axis, axis], True)
 
 
+def depthwise(channels: int, _: int) -> Geometry:
+    return conv(channels, channels, groups=channels)
+
+
 def test_macs_and_weights_are_those_of_the_layers() -> None:
     g = Geometry(6, 4, 2, (3, 5), (1, 1), (2, 1), (1, 1), (1, 2), (1, 2), bias=True)
     cost = layer_cost(Layer("conv", g), (9, 7), batch=3)
@@ -166,3 +170,10 @@ def test_kernels_with_maps_in_blocks_have_buffers_of_their_own() -> None:
     g = conv(16, 16)
     assert layer_load(Layer("conv", g), (724, 724)).fresh == 0
     assert layer_load(Layer("conv", g), (725, 725)).fresh == 3 * 4 * 16 * 725**2
+
+
+def test_channels_that_do_not_fill_blocks_cost_more_than_a_few_more_that_do() -> None:
+    for layer in (mix, depthwise):
+        ragged, full = (layer_cost(Layer("conv", layer(n, n)), (28, 28)) for n in (132, 144))
+        assert ragged.latency > 1.1 * full.latency
+        assert ragged.macs < full.macs

@@ -34,15 +34,20 @@ class Rate:
 
 @dataclass(frozen=True)
 class Load:
-    """What a layer asks of the machine: the kind of its rate, MACs, bytes moved, bytes in large new buffers.
+    """What a layer asks of the machine, in terms of what the kernel does.
 
-    All in terms of what the kernel does: channels that fill up a block, and weights or maps that are laid out
-    anew for the call, count as well.
+    Attributes:
+        kind: of its rate.
+        work: MACs, those of channels that fill up a block counted as well.
+        moved: bytes, those of weights that are laid out anew for the call counted as well.
+        ragged: bytes of maps that are laid out in blocks which their channels do not fill.
+        fresh: bytes of large new buffers.
     """
 
     kind: str
     work: float
     moved: float
+    ragged: float = 0
     fresh: float = 0
 
     @property
@@ -54,7 +59,7 @@ class Load:
 def latency(rate: Rate, load: Load) -> float:
     """The roofline described above, in seconds."""
     bandwidth = rate.bandwidth if load.moved <= CACHED else min(rate.bandwidth, MEMORY)
-    compute, traffic = load.work / rate.peak, load.moved / bandwidth
+    compute, traffic = load.work / rate.peak, load.moved / bandwidth + load.ragged / RAGGED
     return rate.overhead + max(compute, traffic) + min(compute, traffic) / 2 + load.fresh / FAULTS
 
 
@@ -92,6 +97,7 @@ RATES = {
 # From a few channels, such as those of an image, there are kernels that take them as they are.
 BLOCK = 16
 FEW = 8
+RAGGED = 15e9  # bytes per second that maps of 20 channels take more to lay out than those of 16 or 32
 SHORT_ROW = 1.2  # how much of an output position more each row of them takes in a blocked kernel
 # torch leaves convolutions of few numbers to its own kernel: taps copied side by side, one matrix product.
 NATIVE_NUMBERS = 20480
@@ -123,13 +129,16 @@ def layer_load(
         return load
     g = layer.geometry
     into, out = (batch * n * bytes_of(dtype) for n in activations(g, size))
-    copies = (into if g.in_channels > FEW else 0, out) if load.kind in BLOCKED else ()
-    return replace(load, fresh=fresh(out, *copies))
+    if load.kind not in BLOCKED:
+        return replace(load, fresh=fresh(out))
+    copied = ((g.in_channels, into if g.in_channels > FEW else 0), (g.out_channels, out))
+    ragged = sum(size for channels, size in copied if channels % BLOCK)
+    return replace(load, ragged=ragged, fresh=fresh(out, *(size for _, size in copied)))
 
 
 def map_load(kind: str, into: float, out: float, work: float = 0) -> Load:
     """What an operator asks that reads ``into`` bytes and makes a map of ``out`` bytes, or a view of them."""
-    return Load(kind, 0, 0) if kind == "view" else Load(kind, work, into + out, fresh(out))
+    return Load(kind, 0, 0) if kind == "view" else Load(kind, work, into + out, fresh=fresh(out))
 
 
 def fresh(*buffers: float) -> float:
