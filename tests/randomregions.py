@@ -19,6 +19,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 POOL = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 EXAMPLE = {1: (30, 41), 2: (18, 25), 3: (8, 11)}  # the range of example sizes, by number of dimensions
 LARGEST = {1: 200, 2: 90, 3: 34}  # along a dimension, anywhere in the region
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INTERPOLATION = ("linear", "bilinear", "trilinear")
 CHANNELS = [1, 2, 3, 4, 6]
 
 
@@ -73,6 +75,58 @@ class Scale(nn.Module):
         return x * self.weight + self.bias
 
 
+class Negated(nn.Module):
+    """-x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
+
+
+class Continued(nn.Module):
+    """Padding that repeats what is at the border."""
+
+    def __init__(self, amounts: list[int], mode: str) -> None:
+        super().__init__()
+        self.amounts = amounts
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.amounts, self.mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.amounts}, {self.mode}"
+
+
+class Blur(nn.Module):
+    """A fixed kernel on every channel alone, with a stride."""
+
+    def __init__(self, channels: int, spatial: int, stride: int) -> None:
+        super().__init__()
+        self.convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+        self.stride, self.groups = stride, channels
+        kernel = torch.ones(1, dtype=torch.float64)
+        for _ in range(spatial):
+            kernel = kernel.unsqueeze(-1) * torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
+        self.register_buffer("kernel", kernel.expand(channels, 1, *(3 for _ in range(spatial))).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.kernel, None, self.stride, 1, 1, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.groups}, stride={self.stride}"
+
+
+class Joined(nn.Module):
+    """What branches make of one value, concatenated."""
+
+    def __init__(self, branches: list[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
 class Branches(nn.Module):
     """The sum of what branches make of one value."""
 
@@ -114,12 +168,21 @@ class Drawing:
             "pick": lambda c: Pick([self.random.randrange(c) for _ in range(self.choose([1, 2, 4]))]),
             "scale": lambda c: Scale(c, self.n),
             "branches": self.branches,
+            "joined": self.joined,
+            "norm": self.norm,
+            "blur": lambda c: Blur(c, self.n, self.choose([1, 2])),
+            "same": lambda c: self.choose([nn.Dropout(), nn.Identity(), Negated()]),
+            "continued": self.continued,
+            "interpolated": lambda c: nn.Upsample(scale_factor=2.0, mode=INTERPOLATION[self.n - 1]),
         }
+        if channels % 2 == 0:
+            kinds["channel shuffle"] = lambda c: nn.ChannelShuffle(2)
         if self.n == 2:
-            kinds["unshuffle"] = lambda c: nn.PixelUnshuffle(2)
-            if channels % 4 == 0:
-                kinds["shuffle"] = lambda c: nn.PixelShuffle(2)
-        kind = self.choose([*kinds, "conv", "conv", "conv", "transposed"])
+            kinds["unshuffle"] = lambda c: nn.PixelUnshuffle(self.choose([2, 2, 3]))
+            for rate in (2, 3):
+                if channels % rate**2 == 0:
+                    kinds["shuffle"] = lambda c, rate=rate: nn.PixelShuffle(rate)
+        kind = self.choose([*kinds, *["conv"] * 5, *["transposed"] * 2])
         return kind, kinds[kind](channels)
 
     def groups(self, channels: int, out: int) -> int:
@@ -158,7 +221,32 @@ class Drawing:
 
     def pool(self, channels: int) -> nn.Module:
         kernel = self.dims([2, 2, 4])
+        if self.n > 1 and self.random.random() < 0.3:  # a sum over an eighth of the window, which is exact
+            return POOL[self.n - 1](3, self.dims([1, 2, 3]), self.choose([0, 1]), divisor_override=8)
         return POOL[self.n - 1](kernel, self.dims([1, 2]), tuple(self.choose([0, k // 2]) for k in kernel))
+
+    def norm(self, channels: int) -> nn.Module:
+        """A batch norm, whose deviations are powers of two."""
+        norm = NORM[self.n - 1](channels, eps=0.0)
+        for c in range(channels):
+            norm.running_mean[c] = self.choose([-2.0, -1.0, 0.0, 1.0, 3.0])
+            norm.running_var[c] = self.choose([0.25, 1.0, 4.0])
+        return norm
+
+    def continued(self, channels: int) -> nn.Module:
+        mode = self.choose(["reflect", "replicate", "circular"])
+        return Continued([self.choose([0, 1, 2]) for _ in range(2 * self.n)], mode)
+
+    def joined(self, channels: int) -> nn.Module:
+        """Convolutions with outputs of one size, one beside the other."""
+        stride, out = self.dims([1, 1, 2]), self.choose([1, 2, 3])
+        kernels = [self.dims([1, 3, 5] if self.n < 3 else [1, 3]) for _ in range(self.choose([2, 2, 3]))]
+        return Joined(
+            [
+                CONV[self.n - 1](channels, out, kernel, stride, tuple(k // 2 for k in kernel))
+                for kernel in kernels
+            ]
+        )
 
     def branches(self, channels: int) -> nn.Module:
         """Convolutions with the same output size beside one another, often with what comes before itself."""

@@ -147,10 +147,24 @@ def test_the_tail_of_an_upscaler_is_nine_kernels_and_a_shuffle(rates: tuple[int,
         [[SAME, SAME], [NEAREST, POINT], [SAME, SAME]],
         [[SAME, SAME], [NEAREST, THRICE], [SAME, SAME]],
         [[SAME, SAME], [NEAREST, STRIDED], [SAME, SAME]],
+        [[SAME, STRIDED], [THRICE, NEAREST], [STRIDED, SAME]],
+        [[POOL, STRIDED], [NEAREST, THRICE], [POINT, POINT]],
+        [[WIDE, DILATED], [NEAREST, NEAREST], [WIDE, WIDE]],
         [[SAME], [RAGGED], [SAME]],
         [[SAME, SAME], [RAGGED, NEAREST], [SAME, SAME]],
     ],
-    ids=["1-d", "3-d", "one of two", "2×3", "up and down", "ragged", "ragged beside even"],
+    ids=[
+        "1-d",
+        "3-d",
+        "one of two",
+        "2×3",
+        "up beside down",
+        "up and down",
+        "blocks",
+        "long borders",
+        "ragged",
+        "ragged beside even",
+    ],
 )
 def test_rates_go_up_in_any_dimension(kernels: list[list[Axis]]) -> None:
     draw = Draw(8, len(kernels[0]))
@@ -235,7 +249,7 @@ def test_grouped_chains_stay_grouped() -> None:
             [[Axis(51, 1, 1, 1, 25, 25)]] * 2,
             "50 outputs in a row would need kernels of their own at the borders",
         ),
-        ([[STRIDED]] * 5, "modulo 32"),
+        ([[STRIDED]] * 4, "modulo 16"),
     ],
 )
 def test_refusals_say_why(dims: list[list[Axis]], reason: str) -> None:

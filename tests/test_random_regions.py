@@ -55,9 +55,10 @@ def check(seed: int, spatial: int) -> Counter[str]:
             try:
                 outcomes[merged(context, elements, seed)] += 1
             except Refusal as refusal:
-                outcomes[re.sub(r"\d+(×\d+)*", "#", refusal.reason).split(" (")[0]] += 1
+                reason = re.sub(r"\d+(×\d+)*", "#", refusal.reason).split(" (")[0]
+                outcomes[f"around a passage: {reason}" if any(map(is_passage, elements)) else reason] += 1
             except AssertionError as error:
-                steps = [str(e.step.kind) for e in elements]  # type: ignore[union-attr]
+                steps = [str(getattr(getattr(e, "step", e), "kind", "branches")) for e in elements]
                 raise AssertionError(
                     f"{error}\nin {steps} of RandomRegion({seed}, {spatial}):\n{model}"
                 ) from error
@@ -138,7 +139,7 @@ def runs(replay: Replay, x: Tensor) -> Tensor | None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            maps.extend(y for y in (result,) if isinstance(y, Tensor))
+            maps.extend(y for y in (result,) if isinstance(y, Tensor) and y.dim() == x.dim())
             return result
 
     try:

@@ -24,7 +24,7 @@ from convmerge.algebra.blocked import Rates, rates_of
 from convmerge.errors import Refusal
 
 BLOCKS = 48  # the most border blocks in one dimension, both ends together
-RESIDUES = 16  # the most residue classes of input sizes
+RESIDUES = 12  # the most residue classes of input sizes
 
 
 class Piece(NamedTuple):

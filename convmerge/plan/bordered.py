@@ -71,23 +71,31 @@ def border_pays(before: Cost, after: Cost) -> bool:
 def border_words(
     elements: Sequence[Element], place: Place, before: Cost, dtype: torch.dtype, model: CostModel
 ) -> str:
-    """What to add to the reason why elements are not one operator, where border classes would do."""
+    """What to add to the reason why elements are not one operator, where blocks or borders would do."""
     try:
         option = border_option(elements, place, before, dtype, model)
+        borders = len(bordered(border_stages(elements, place)).keys) > 1
     except Refusal:
         return ""
     if option is not None and border_pays(before, option[1]):
         return ""  # it is part of a larger merge, or was ruled out for another reason
-    return "; kernels of their own for the borders would cost more"
+    what = "kernels of their own for the borders" if borders else "all outputs of a block at once"
+    return f"; {what} would cost more"
 
 
-def border_canvases(b: Bordered) -> list[tuple[int, ...]]:
-    """Input sizes to check border classes at: the smallest, each of the next seven, and all residues."""
-    span, residues = 8, max(side.period for side in b.sides)
-    span = math.lcm(span, residues)
-    strides = (1, 3, 5)
+def border_canvases(b: Bordered, multiple: int = 1) -> list[tuple[int, ...]]:
+    """Input sizes to check border classes at: the smallest, the next seven, and all pairs of residues.
+
+    multiple: the original takes multiples of this only.
+    """
+    residues, period = (
+        max(sizes) for sizes in zip(*((s.ends.residues, s.period) for s in b.sides), strict=True)
+    )
+    span = residues * -(-max(8, period) // residues)
+    strides = [n for n in range(1, 3 * span) if math.gcd(n, span) == 1]
+    least = [-(-n // multiple) for n in b.minimum]
     sizes = [
-        tuple(n + (strides[dim] * i + dim * k) % span for dim, n in enumerate(b.minimum))
+        tuple(multiple * (n + (strides[dim] * i + dim * k) % span) for dim, n in enumerate(least))
         for k in range(residues)
         for i in range(span)
     ]

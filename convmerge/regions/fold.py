@@ -170,12 +170,12 @@ def fold_geometry(elements: Sequence[Element], place: Place) -> Geometry:
             bare = join_geometry(replace(step, bias=False, ones=False), replace(folded, bias=False))
             folded = replace(bare, bias=folded.bias)
         elif folded is None:
-            folded = with_fill(step, _multiple(elements))
+            folded = with_fill(step, size_multiple(elements))
         else:
             folded = join_geometry(step, folded)
         place = after(place, step)
     if folded is not None:
-        return without_fill(folded, _multiple(elements))
+        return without_fill(folded, size_multiple(elements))
     return Geometry.channelwise(place.channels, place.channels, place.channels, len(place.size))
 
 
@@ -219,17 +219,17 @@ def fold_numbers(elements: Sequence[Element], place: Place) -> Affine:
             bare = Affine(replace(step.geometry, bias=False, ones=False), step.weight)
             folded = join(bare, folded.with_bias(None)).with_bias(folded.bias)
         elif folded is None:
-            folded = step.seen_as(with_fill(step.geometry, _multiple(elements)))
+            folded = step.seen_as(with_fill(step.geometry, size_multiple(elements)))
         else:
             folded = join(step, folded)
         place = after(place, step.geometry)
     if folded is not None:
-        return folded.seen_as(without_fill(folded.geometry, _multiple(elements)))
+        return folded.seen_as(without_fill(folded.geometry, size_multiple(elements)))
     geometry = fold_geometry(elements, place)
     return Affine(geometry, torch.ones(geometry.out_channels, 1, *geometry.kernel, dtype=torch.float64))
 
 
-def _multiple(elements: Sequence[Element]) -> int:
+def size_multiple(elements: Sequence[Element]) -> int:
     """What the spatial sizes of the elements' source are multiples of."""
     first = next((e for e in elements if not _is_same(e)), None)
     return first.step.multiple if isinstance(first, Leaf) and isinstance(first.step, Filter) else 1

@@ -19,7 +19,7 @@ from convmerge.plan import Site
 from convmerge.plan.bordered import border_canvases
 from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
 from convmerge.regions.elements import Block, Element, Leaf, Share, Via, calls_of, leaves
-from convmerge.regions.fold import Place, geometry_of, numbers_of, place_of
+from convmerge.regions.fold import Place, geometry_of, numbers_of, place_of, size_multiple
 
 # Operators that export writes the example's sizes into.
 RESHAPES = frozenset(
@@ -87,7 +87,8 @@ class Replay:
             return [place.shape]
         lead = tuple(min(n, 1 if place.size else 2) for n in place.shape[: place.axis])
         if isinstance(self._site.emission, Bordered):
-            return [(*lead, place.channels, *size) for size in border_canvases(self._site.emission)]
+            canvases = border_canvases(self._site.emission, size_multiple(self._site.elements))
+            return [(*lead, place.channels, *size) for size in canvases]
         if len(place.size) != g.spatial:
             return [(*lead, *place.shape[place.axis :])]
         least = self._reflected() + 1
