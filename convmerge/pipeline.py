@@ -18,6 +18,7 @@ from convmerge.decide import Decider, Decisions
 from convmerge.errors import ConvmergeError
 from convmerge.evidence.capture import Evidence, capture, copy_model
 from convmerge.inputs import Inputs, bind_inputs
+from convmerge.inputs.random import random_state_kept
 from convmerge.io.check import check_module
 from convmerge.layers import Built
 from convmerge.passes import Pass, Prepared
@@ -102,7 +103,8 @@ class Pipeline:
     def stage(self, name: str) -> Iterator[None]:
         self.progress(name, 0, 0)
         start = time.perf_counter()
-        yield
+        with random_state_kept():
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def prepare(self) -> None:

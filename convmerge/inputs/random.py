@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 def seeded(seed: int) -> torch.Generator:
     """A generator of its own, so that torch's global one is left alone; any integer is a seed."""
     return torch.Generator().manual_seed(seed % 2**63)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Code in here that draws random numbers, such as a model's own, changes nothing for what comes after."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, high: int, generator: torch.Generator) -> Tensor:

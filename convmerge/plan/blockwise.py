@@ -88,6 +88,8 @@ def _through(
     shape = evidence.size(element.node)
     if call.op not in VIEWS or len(order) != len(evidence.size(element.source)):
         return None
+    if call.op == "squeeze" and "dim" not in call.args:
+        return None  # the axis of a batch of one goes as well
     if call.op in RESHAPES:
         before = [(a, n) for a, n in zip(order, evidence.size(element.source), strict=True) if a is not None]
         kept = iter(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from convmerge.errors import Refusal
 from convmerge.evidence.capture import Call
 from convmerge.recognise import border, filters, generated, layout, pointwise, stacked  # noqa: F401  (registers)
 from convmerge.recognise.steps import (
@@ -38,4 +39,7 @@ def recognise(context: Context, call: Call) -> Step | None:
     Raises Refusal where there is a rule for the operator but not for this use of it.
     """
     recogniser = RECOGNISERS.get(call.op)
-    return recogniser(context, call) if recogniser is not None else None
+    step = recogniser(context, call) if recogniser is not None else None
+    if isinstance(step, Filter | Scalar | Sum) and context.evidence.dtype(call.node).is_complex:
+        raise Refusal("computes with complex numbers")
+    return step

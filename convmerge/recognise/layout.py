@@ -41,7 +41,7 @@ def identity(context: Context, call: Call) -> Step | None:
     return None if source is None else Same(source)
 
 
-@recognises("to", "_to_copy", "type_as", "float", "double", "half")
+@recognises("to", "_to_copy", "type_as")
 def cast(context: Context, call: Call) -> Step | None:
     """A cast to the dtype that the value has already, or between floating-point dtypes.
 
@@ -77,14 +77,15 @@ def reshape(context: Context, call: Call) -> Step | None:
         return None
     before, after = context.shape(source), context.shape(call.node)
     if before == after:
-        return Same(source)
+        kept = {axis: axis for axis in range(len(before))}  # where one of them has size one, it may go
+        return Passage(source, kept, call.op) if call.op == "squeeze" else Same(source)
     if (joined := flattened_stack(context, call)) is not None:
         return joined
     if (form := blockwise(context, call) or moved_channels(context, call)) is not None:
         return form
     if math.prod(before) != math.prod(after):
         return None
-    kept: dict[int, int] = {}
+    kept = {}
     for i, size in enumerate(before):
         for j, other in enumerate(after):
             if size == other != 1 and math.prod(before[:i]) == math.prod(after[:j]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -167,7 +168,7 @@ class Replay:
             branches = [self._magnitudes(branch, x) for branch in element.branches]
             if element.axis is not None:
                 return torch.cat(branches, element.axis)
-            return torch.stack(branches).sum(0)
+            return functools.reduce(torch.add, branches)  # on small maps some may broadcast
         if isinstance(element.step, Same):
             return x
         if isinstance(element.step, Passage):
