@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from convmerge.recognise import RECOGNISERS, Passage
 from convmerge.recognise.filters import _copies_exactly
+from convmerge.regions.elements import leaves
 
 W1, W2, W3 = random(7, 3, 5, seed=1), random(7, 3, 3, 5, seed=2), random(7, 3, 3, 2, 1, seed=3)
 T2 = random(6, 5, 3, 4, seed=4)  # transposed: (in, out / groups, kernel)
@@ -102,6 +103,73 @@ OPERATORS: list[tuple[nn.Module | Callable[[Tensor], Tensor], tuple[int, ...]]] 
     (lambda x: x[:, :, 1:-2, 3:], MAP),
     (lambda x: x[..., 2:], LINE),
 ]
+
+
+def circular(x: Tensor) -> Tensor:
+    """Circular convolutions of blocks, by FFT."""
+    spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(x.reshape(3, 2, 2, 6)), torch.fft.fft(CIRCLES))
+    return torch.fft.fft(spectrum).real.reshape(3, 2, -1)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Halves of groups exchanged, one of them negated."""
+    halves = x.reshape(-1, 2, 3)
+    return torch.stack((-halves[:, 1, :], halves[:, 0, :]), dim=1).reshape(x.shape)
+
+
+def twice(x: Tensor) -> Tensor:
+    """Blocks, a shuffle of what they give, and blocks again."""
+    inner = torch.einsum("abni,nir->abnr", x.view(3, 2, 3, 5), BLOCKS)
+    inner = inner.view(3, 2, 3, 2, 2).permute(0, 1, 3, 2, 4).reshape(3, 2, 2, 6)
+    return torch.einsum("abjr,jro->abjo", inner, AFTER).reshape(3, 2, -1)
+
+
+def with_offsets(x: Tensor) -> Tensor:
+    groups = x.view(3, 2, 4, 3).double()
+    return (groups - groups.mean(-1, keepdim=True) + OFFSETS).flip(-2).reshape(3, 2, 12).cumsum(-1)
+
+
+CIRCLES, BLOCKS = random(3, 2, 6, seed=11), random(3, 5, 4, seed=12)
+AFTER, OFFSETS = random(2, 6, 7, seed=13), random(4, 3, seed=14)
+LINEAR_MAPS: list[tuple[Callable[[Tensor], Tensor], int]] = [
+    (lambda x: x.reshape(3, 2, 3, 4).sum(-2), 12),
+    (lambda x: F.pad(x, (0, 2)).reshape(3, 2, 4, 3).sum(dim=-2), 10),
+    (lambda x: x.unsqueeze(-1).repeat_interleave(3, -1).flatten(2).cumsum(-1), 5),
+    (lambda x: torch.stack([x[..., ::2] + x[..., 1::2], x[..., ::2] - x[..., 1::2]], -1).flatten(2), 8),
+    (circular, 12),
+    (rotated, 12),
+    (twice, 15),
+    (with_offsets, 12),
+]
+
+
+@pytest.mark.parametrize("index", range(len(LINEAR_MAPS)))
+def test_linear_maps_of_rows_are_one_form(index: int) -> None:
+    operator, channels = LINEAR_MAPS[index]
+    model = Function(lambda _, x: operator(x)).eval()
+    x = random(3, 2, channels, seed=9)
+    assert_close(applied(model, x), model(x))
+
+
+NO_ROWS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x.cumsum(1),
+    lambda x: x.reshape(3, 3, 2, 4).sum(1),
+    lambda x: x.reshape(2, 3, 12).transpose(0, 1).neg().reshape(3, 2, 12),
+    lambda x: (x.reshape(3, 2, 3, 4) * random(3, 2, 3, 1)).reshape(3, 2, 12),
+    lambda x: (x.reshape(3, 2, 3, 4) * x.reshape(3, 2, 3, 4)).reshape(3, 2, 12),
+    lambda x: x.reshape(3, 2, 3, 4).neg().square().reshape(3, 2, 12),
+    lambda x: torch.einsum("abcd,abcd->abcd", *[x.view(3, 2, 3, 4)] * 2).reshape(3, 2, 12),
+]
+
+
+@pytest.mark.parametrize("index", range(len(NO_ROWS)))
+def test_what_mixes_rows_or_treats_them_differently_is_no_form(index: int) -> None:
+    model = Function(lambda _, x: NO_ROWS[index](x)).eval()
+    _, regions = regions_of(model, random(3, 2, 12))
+    found = [
+        leaf.step.kind for chain in regions.chains for leaf in leaves(chain) if hasattr(leaf.step, "kind")
+    ]
+    assert not any(kind.startswith("rows") for kind in found), found
 
 
 def model_of(operator: nn.Module | Callable[[Tensor], Tensor]) -> nn.Module:

@@ -6,13 +6,19 @@ from collections.abc import Iterable
 
 from torch.fx.node import Node
 
-from convmerge.evidence.capture import ROOT, Call, Evidence, Frame
+from convmerge.evidence.capture import ROOT, Call, Evidence, Frame, live_calls
 from convmerge.evidence.constants import Constants
 from convmerge.regions.elements import CHECKS
 
 
 class Frames:
-    """Which calls ran in which module call."""
+    """Which calls ran in which module call.
+
+    Attributes:
+        calls: by module call, in order.
+        data: those that depend on the model's inputs and that something depends on.
+        by_path: by module path, its calls.
+    """
 
     def __init__(self, evidence: Evidence, constants: Constants) -> None:
         self.evidence = evidence
@@ -20,6 +26,7 @@ class Frames:
         self.calls: dict[Frame, list[Node]] = {}
         self.data: dict[Frame, set[Node]] = {}
         self.by_path: dict[str, list[Frame]] = {}
+        live = set(live_calls(list(evidence.calls)))
         for node, call in evidence.calls.items():
             for frame in call.stack:
                 if frame not in self.calls:
@@ -27,7 +34,7 @@ class Frames:
                     self.data[frame] = set()
                     self.by_path.setdefault(frame.path, []).append(frame)
                 self.calls[frame].append(node)
-                if node not in constants and call.op not in CHECKS:
+                if node in live and node not in constants and call.op not in CHECKS:
                     self.data[frame].add(node)
 
     def call(self, node: Node) -> Call:

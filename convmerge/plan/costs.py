@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch.fx.node import Node
 
 from convmerge.cost.model import ZERO, Cost, CostModel
 from convmerge.edit.frames import Frames
 from convmerge.evidence.capture import Evidence, is_tensor
 from convmerge.recognise import Filter, Passage, Same, Scalar
+from convmerge.recognise.channels import MOVES
+from convmerge.recognise.rows import ROWS, macs_of
 from convmerge.regions.elements import CHECKS, Chain, Element, Leaf, leaves
 from convmerge.regions.fold import Place
 
@@ -80,6 +83,8 @@ class LeafCosts:
             return self.model.operator("mul", math.prod(shape), dtype=dtype)
         place = Place(step.axis, shape)
         name = step.kind.split()[0]
+        if name == ROWS:
+            return sum((self._call(node, dtype) for node in (*step.through, leaf.node)), ZERO)
         cost = self.model.operator(
             name,
             math.prod(shape),
@@ -93,3 +98,13 @@ class LeafCosts:
             self.model.operator("add", math.prod(self.frames.evidence.size(n)), dtype=dtype) for n in added
         )
         return sum(sums, cost)
+
+    def _call(self, node: Node, dtype: torch.dtype) -> Cost:
+        """One call of a linear map that is written with several."""
+        evidence = self.frames.evidence
+        volume = math.prod(evidence.size(node)) if is_tensor(node) else 0
+        name = "narrow" if evidence.calls[node].op in MOVES else "mul"
+        read = [n for n in node.all_input_nodes if n in self.frames.constants and is_tensor(n)]
+        weights = sum(math.prod(evidence.size(n)) for n in read)
+        cost = self.model.operator(name, volume, dtype=dtype)
+        return replace(cost, macs=macs_of(evidence, node), weights=weights)

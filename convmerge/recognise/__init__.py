@@ -5,6 +5,8 @@ from __future__ import annotations
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Call
 from convmerge.recognise import border, filters, generated, layout, pointwise, stacked  # noqa: F401  (registers)
+from convmerge.recognise.channels import VIEWS
+from convmerge.recognise.rows import linear_rows
 from convmerge.recognise.steps import (
     RECOGNISERS,
     BorderFill,
@@ -42,4 +44,6 @@ def recognise(context: Context, call: Call) -> Step | None:
     step = recogniser(context, call) if recogniser is not None else None
     if isinstance(step, Filter | Scalar | Sum) and context.evidence.dtype(call.node).is_complex:
         raise Refusal("computes with complex numbers")
+    if step is None or (isinstance(step, Passage) and call.op in VIEWS):
+        return linear_rows(context, call) or step
     return step

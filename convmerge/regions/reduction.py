@@ -25,6 +25,8 @@ from convmerge.regions.elements import (
     stale_readers,
 )
 
+STALE = "reads memory that was written to in between"
+
 
 def find_regions(context: Context) -> Regions:
     """Recognise every call of the evidence graph and reduce what is affine to chains."""
@@ -43,11 +45,13 @@ class _Reduction:
         self.absorbed: set[int] = set()  # blocks that became branches of larger ones, by id
         self.fills = overwritten_pads(context)
         self.writes = {node for fill in self.fills.values() for node in fill.writes}
+        self.live = live_calls(list(self.evidence.calls))
+        self.dead = self.evidence.calls.keys() - set(self.live)
         self.uses = self._count_uses()
 
     def run(self) -> Regions:
         stale = stale_readers(self.evidence, self.context.constants, self.writes)
-        for node in live_calls(list(self.evidence.calls)):
+        for node in self.live:
             call = self.evidence.calls[node]
             if node in self.context.constants or call.op in CHECKS or node in self.writes:
                 continue
@@ -69,7 +73,7 @@ class _Reduction:
 
     def _recognise(self, node: Node, call: Call, stale: set[Node]) -> None:
         if node in stale:
-            self.refused[node] = "reads memory that was written to in between"
+            self.refused[node] = STALE
             return
         try:
             step = self.fills.get(node) or recognise(self.context, call)
@@ -78,6 +82,9 @@ class _Reduction:
             return
         if step is None:
             self.unknown.append(call)
+            return
+        if isinstance(step, Filter) and not stale.isdisjoint(step.through):
+            self.refused[node] = STALE
             return
         if isinstance(step, BorderFill):
             step = with_beginnings(step, self.steps)
@@ -100,7 +107,7 @@ class _Reduction:
             direct = [node for node in value.users if node in through]
             ends, pending = set[Node](), list(direct)
             while pending:
-                for user in pending.pop().users:
+                for user in pending.pop().users.keys() - self.dead:
                     (pending.append if user in through else ends.add)(user)
             self.uses[value] += len(ends) - len(direct)
 
