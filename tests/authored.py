@@ -80,12 +80,17 @@ def peft(config: str, **options: Any) -> Authored:
         targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
         settings = getattr(library, config)(target_modules=targets, **options)
         model = library.get_peft_model(transformers.LlamaForCausalLM(shape), settings)
-        return Logits(_perturbed(model, "lora_", "hada_", "lokr_", "vera_", "oft_", "fourierft", "ia3_")), IDS
+        return Logits(_perturbed(model, *ADAPTERS)), IDS
 
     return Authored(make, _unload)
 
 
 IDS = torch.arange(17)[None]
+# Parts of the names of adapters' parameters.
+ADAPTERS = (
+    *("lora_", "hada_", "lokr_", "vera_", "oft_", "fourierft", "ia3_"),
+    *("miss_", "road_", "waveft_"),
+)
 
 
 @torch.no_grad()
@@ -138,6 +143,11 @@ AUTHORED: dict[str, Authored] = {
     "peft/BOFT": peft("BOFTConfig", boft_block_size=8, boft_n_butterfly_factor=2),
     "peft/HRA": peft("HRAConfig", r=4),
     "peft/FourierFT": peft("FourierFTConfig", n_frequency=50),
+    "peft/WaveFT": peft("WaveFTConfig", n_frequency=50),
+    "peft/MiSS": peft("MissConfig", r=4),
+    "peft/GraLoRA": peft("GraloraConfig", r=4, gralora_k=2, hybrid_r=2),
+    "peft/RoAD": peft("RoadConfig", variant="road_4", group_size=8),
+    "peft/PVeRA": peft("PveraConfig", r=4),
 }
 
 
