@@ -39,6 +39,27 @@ class Masked(nn.Module):
         return x * self.mask
 
 
+class Shuffled(nn.Module):
+    """nn.ChannelShuffle as ShuffleNets write it, or with ``way`` as others do."""
+
+    def __init__(self, groups: int, way: str = "view") -> None:
+        super().__init__()
+        self.groups, self.way = groups, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.size()
+        g, each = self.groups, x.size(1) // self.groups
+        if self.way == "view":
+            return x.view(n, g, each, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+        if self.way == "sizes":
+            return x.view(n, g, each, h * w).permute(0, 2, 1, 3).reshape(n, c, h, w)
+        if self.way == "flatten":
+            return x.unflatten(1, (g, -1)).transpose(1, 2).flatten(1, 2)
+        if self.way == "back":
+            return x.reshape(n, -1, g, h, w).swapaxes(1, 2).reshape(x.shape)
+        return x.view(n, each, g, h, w).clone().transpose(2, 1).reshape(n, -1, h, w)  # "fewer"
+
+
 class RandomNet(nn.Module):
     """A list of steps on earlier values, drawn from a seed; every map is of one of a few sizes.
 
@@ -138,7 +159,7 @@ class RandomNet(nn.Module):
             "max": lambda: nn.MaxPool2d(draw([2, 3]), draw([1, 2]), 1),
             "avg": lambda: nn.AvgPool2d(3, draw([1, 2]), draw([0, 1]), count_include_pad=bias),
             "up": lambda: nn.Upsample(scale_factor=2, mode=draw(["nearest", "bilinear"])),
-            "shuffle": lambda: nn.ChannelShuffle(draw([1, 2, 3])),
+            "shuffle": lambda: draw([nn.ChannelShuffle, Shuffled])(draw([1, 2, 3])),
             "pixel": lambda: draw([nn.PixelShuffle(2), nn.PixelUnshuffle(2)]),
             "pad": lambda: draw([nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ConstantPad2d(1, 0.5)]),
         }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from silenced import randomise, removed
+from silenced import Shuffled, randomise, removed
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -291,6 +291,39 @@ def test_shuffled_channels_go_in_every_group() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ChannelShuffle(2), nn.Conv2d(6, 4, 3))
     silence(model[0], 1, 4, 5)
     assert removed(model, X).model[0].out_channels == 4
+
+
+@pytest.mark.parametrize("way", ["view", "sizes", "flatten", "back", "fewer"])
+def test_shuffles_written_as_views(way: str) -> None:
+    """Channels at equal places of the groups go, whatever numbers they emit."""
+    model = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Sigmoid(), Shuffled(2, way), nn.Conv2d(10, 4, 3))
+    other = 2 if way in ("view", "sizes", "flatten") else 5
+    silent = [3, 8, 1] if other == 2 else [6, 7, 1]
+    silence(model[0], *silent)
+    result = removed(model, X)
+    assert result.model[0].out_channels == result.model[3].in_channels == 8
+    assert not any("view" in s.reason for s in result.sites)
+
+
+def test_a_shuffle_of_a_fixed_size_stays() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(-1, 2, 5, 11, 13).transpose(1, 2).reshape(-1, 10, 11, 13)
+
+    model = nn.Sequential(nn.Conv2d(3, 10, 1), Fixed(), nn.Conv2d(10, 4, 3))
+    silence(model[0], 3, 8)
+    result = removed(model, X)
+    assert "asks for a size of" in refusals(result) and result.model[0].out_channels == 10
+
+
+def test_groups_on_an_axis_of_their_own_are_read_whole() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.unflatten(1, (2, -1)).softmax(1).sum(1)
+
+    model = nn.Sequential(nn.Conv2d(3, 10, 1), Attention(), nn.Conv2d(5, 4, 3))
+    silence(model[0], 3, 8)
+    assert "softmax reads groups of channels" in refusals(removed(model, X))
 
 
 def test_a_layer_of_nothing_but_constants_keeps_one_channel() -> None:

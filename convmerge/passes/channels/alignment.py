@@ -24,10 +24,15 @@ from convmerge.regions.elements import stale_readers
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channels of a value: ``ids``, int64, one for each entry on ``axis``."""
+    """The channels of a value: ``ids``, int64, one for each entry on ``axis``.
+
+    With ``inner`` they are those of two axes, such as groups and the channels of each: of every entry on
+    ``axis`` those on ``inner``. Only relayouts follow them then.
+    """
 
     axis: int
     ids: Tensor
+    inner: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +228,7 @@ class Alignment:
         if known is None:
             known = self.channels[node] = Channels(axis, self.fresh(self.size(node)[axis]))
             self.fix(known.ids, "its channels come from where they cannot be followed")
-        if known.axis != axis:
+        if known.axis != axis or known.inner is not None:
             raise Refusal(f"reads axis {axis} of a value whose channels lie on axis {known.axis}")
         return known
 
@@ -245,9 +250,8 @@ class Alignment:
     ) -> Lanes:
         """One whose channels are those of ``node``, on ``axis`` of the result."""
         source = self.channels[node]
-        return self.lanes(
-            call, [Source(node)], Channels(source.axis if axis is None else axis, source.ids), evaluate
-        )
+        out = source if axis is None else Channels(axis, source.ids)
+        return self.lanes(call, [Source(node)], out, evaluate)
 
 
 def _first(found: Sequence[Facts]) -> Facts:
@@ -259,6 +263,12 @@ def followed(alignment: Alignment, value: object) -> tuple[Node, Channels]:
     if isinstance(value, Node) and value in alignment.channels:
         return value, alignment.channels[value]
     raise Refusal("its input's channels are not followed")
+
+
+def on_one_axis(alignment: Alignment, call: Call) -> bool:
+    """Whether the channels of all that a call reads are on one axis."""
+    found = (alignment.channels.get(node) for node in alignment.data(call))
+    return all(channels is None or channels.inner is None for channels in found)
 
 
 def unknown(found: Sequence[Facts]) -> Facts:

@@ -27,6 +27,7 @@ from convmerge.passes.channels.alignment import (
     Step,
     followed,
     follows,
+    on_one_axis,
     unknown,
 )
 
@@ -45,6 +46,8 @@ def along(alignment: Alignment, call: Call) -> Step | None:
     """What a call on data does along channels; None where there is no rule. Raises Refusal."""
     if any(0 in alignment.size(n) for n in (*alignment.data(call), call.node) if is_tensor(n)):
         raise Refusal("a value without elements")
+    if call.op not in relayouts.TWO_AXES and not on_one_axis(alignment, call):
+        raise Refusal(f"{call.op} reads groups of channels on an axis of their own")
     rule = RULES.get(call.op)
     if rule is not None:
         return rule(alignment, call)

@@ -24,21 +24,31 @@ from convmerge.passes.channels.alignment import (
     unknown,
 )
 
+PERMUTATIONS = ("permute", "transpose", "swapaxes", "movedim", "t")
+RESHAPES = ("flatten", "squeeze", "unsqueeze", "unflatten", "view", "reshape", "_unsafe_view", "view_as")
+TWO_AXES = frozenset({*PERMUTATIONS, *RESHAPES, "contiguous", "clone"})  # follow channels on two axes
 
-@follows("permute", "transpose", "swapaxes", "movedim", "t")
+
+@follows(*PERMUTATIONS)
 def permuted(alignment: Alignment, call: Call) -> Step | None:
     """Axes in another order."""
     node, channels = followed(alignment, call.args["self"])
-    marked = torch.empty([2 if axis == channels.axis else 1 for axis in range(len(alignment.size(node)))])
-    result = run_call(call.node, lambda _: marked)
-    return alignment.same(call, node, list(result.shape).index(2))
+    sizes = {channels.axis: 2, channels.inner: 3}
+    marked = torch.empty([sizes.get(axis, 1) for axis in range(len(alignment.size(node)))])
+    shape = list(run_call(call.node, lambda _: marked).shape)
+    inner = None if channels.inner is None else shape.index(3)
+    return alignment.lanes(call, [Source(node)], Channels(shape.index(2), channels.ids, inner))
 
 
-@follows("flatten", "squeeze", "unsqueeze", "unflatten", "view", "reshape", "_unsafe_view", "view_as")
+@follows(*RESHAPES)
 def reshaped(alignment: Alignment, call: Call) -> Step | None:
-    """Channels stay whole, or every one becomes as many as it has positions."""
+    """Channels stay whole, or each becomes as many as it has positions; or groups of them get an axis."""
     node, channels = followed(alignment, call.args["self"])
     before, after = alignment.size(node), alignment.size(call.node)
+    if channels.inner is not None:
+        return _joined(alignment, call, node, channels)
+    if (place := _groups_at(before, after, channels.axis)) is not None:
+        return _grouped(alignment, call, node, place)
     axis, count = channels.axis, before[channels.axis]
     outer, inner = math.prod(before[:axis]), math.prod(before[axis + 1 :])
     for place, size in enumerate(after):
@@ -47,13 +57,60 @@ def reshaped(alignment: Alignment, call: Call) -> Step | None:
             break
     else:
         raise Refusal("it takes channels apart, or joins them with another axis")
-    asked = call.args.get("size", call.args.get("shape", call.args.get("sizes")))
-    if isinstance(asked, Sequence) and len(asked) == len(after) and asked[place] != -1:
+    asked = _asked(call)
+    if len(asked) == len(after) and asked[place] != -1:
         alignment.assume(call, channels.ids, f"asks for a size of {size}")
     if size == count:
         return alignment.same(call, node, place)
     index = torch.arange(count).repeat_interleave(size // count)
     return alignment.lanes(call, [Source(node, index)], Channels(place, channels.ids[index]), None)
+
+
+def _asked(call: Call) -> Sequence[int]:
+    """The shape that a call names, with -1 where it names none; empty where it names no shape."""
+    asked = call.args.get("size", call.args.get("shape", call.args.get("sizes")))
+    return asked if isinstance(asked, Sequence) else ()
+
+
+def _groups_at(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
+    """The first of the two axes that take the place of ``axis``; None where something else happens."""
+    parts, rest = after[axis : axis + 2], math.prod(before[axis + 1 :])
+    kept = tuple(after[:axis]) == tuple(before[:axis]) and math.prod(after[axis + 2 :]) == rest
+    apart = len(parts) == 2 and min(parts) > 1 and math.prod(parts) == before[axis]
+    return axis if kept and apart else None
+
+
+def _grouped(alignment: Alignment, call: Call, node: Node, place: int) -> Step:
+    """Channels at equal places of all groups go together: there are as many groups as before.
+
+    The groups are the smaller axis, unless the call asks for a fixed size of the larger one alone.
+    """
+    ids, shape = alignment.channels[node].ids, alignment.size(call.node)[place : place + 2]
+    asked = call.args.get("sizes") or _asked(call)[place : place + 2]
+    first = shape[0] <= shape[1] if -1 not in asked else asked[1] == -1
+    grid = ids.reshape(shape) if first else ids.reshape(shape).t()
+    for group in grid[1:]:
+        alignment.tie(grid[0], group)
+    if -1 not in asked:
+        alignment.assume(call, ids, f"asks for a size of {max(shape)}")
+    return alignment.lanes(call, [Source(node)], Channels(place, ids, place + 1))
+
+
+def _joined(alignment: Alignment, call: Call, node: Node, channels: Channels) -> Step:
+    """Channels on two axes, as one again."""
+    before, after = alignment.size(node), alignment.size(call.node)
+    assert channels.inner is not None
+    place, last = sorted((channels.axis, channels.inner))
+    count = before[place] * before[last]
+    whole = tuple(after[: place + 1]) == (*before[:place], count)
+    if last != place + 1 or not whole:
+        raise Refusal("it takes channels apart, or joins them with another axis")
+    asked = _asked(call)
+    if asked and asked[place] != -1:
+        alignment.assume(call, channels.ids, f"asks for a size of {count}")
+    index = torch.arange(count).reshape(before[channels.axis], before[channels.inner])
+    index = (index if place == channels.axis else index.t()).flatten()
+    return alignment.lanes(call, [Source(node, index)], Channels(place, channels.ids[index]))
 
 
 @follows("expand", "expand_as", "broadcast_to")
