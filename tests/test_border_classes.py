@@ -312,8 +312,22 @@ def test_fuse_merges_the_tail_of_an_upscaler(rates: tuple[int, ...]) -> None:
             (1, 4, 24, 24, 24),
             "27 border classes of Conv3d(4, 4, 5×5×5)",
         ),
+        (
+            nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ConvTranspose2d(32, 3, 2, stride=2)),
+            (1, 3, 128, 96),
+            "Conv2d(3, 12, 3×3, stride 2×2) → phases interleaved 2×2",
+        ),
+        (
+            nn.Sequential(
+                nn.Upsample(scale_factor=3.0),
+                nn.Conv2d(8, 64, 3, padding=1),
+                nn.Conv2d(64, 4, 3, stride=2, padding=1),
+            ),
+            (1, 8, 48, 53),
+            "9 border classes of Conv2d(8, 36, 4×4, stride 2×2) → phases interleaved 3×3",
+        ),
     ],
-    ids=["one dimension", "one dimension, upsampled", "three dimensions"],
+    ids=["one dimension", "one dimension, upsampled", "three dimensions", "down and up", "up and down"],
 )
 def test_fuse_merges_bottlenecks_in(model: nn.Module, shape: tuple[int, ...], text: str) -> None:
     x = torch.randn(shape)

@@ -124,7 +124,7 @@ def test_onnx_with_open_sizes(name: str, tmp_path: Path) -> None:
 
 def fails_by_itself(draw: Draw) -> str:
     """Below the smallest size the operators fail without the assertion too: other runtimes drop it."""
-    chain = regular_chain(draw)
+    chain = regular_chain(draw) if draw.random.random() < 0.7 else draw.chain(2)
     try:
         b = bordered(tuple(form.geometry for form in chain))
         merged = build_bordered(b, chain, torch.float64)
@@ -147,4 +147,4 @@ def fails_by_itself(draw: Draw) -> str:
 @pytest.mark.parametrize(("spatial", "draws"), [(1, 30), (2, 12)])
 def test_below_the_smallest_size_there_is_no_result(spatial: int, draws: int) -> None:
     outcomes = laws.check(fails_by_itself, draws, spatial)
-    assert outcomes["fails"] > 0.3 * draws, outcomes
+    assert outcomes["fails"] > 0.2 * draws, outcomes
