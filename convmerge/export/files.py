@@ -66,7 +66,7 @@ class _Program:
         conditions = self.exported.conditions
         if not conditions:
             return self.exported.notes
-        more = f" and {len(conditions) - _SHOWN} more conditions" if len(conditions) > _SHOWN else ""
+        more = f" and {len(conditions) - _SHOWN} more such" if len(conditions) > _SHOWN else ""
         words = f"{self.target.name} is only for {', '.join(conditions[:_SHOWN])}{more}, and {checked}"
         return (*self.exported.notes, words)
 

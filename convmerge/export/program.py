@@ -26,6 +26,7 @@ from convmerge.verification.outputs import Leaves
 from convmerge.verification.probes import first_line
 
 _NO_OTHER = "the model runs on no other that was tried"
+_CONSTANT = "the model's code makes it a constant"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Exported:
         sizes: the sizes of its inputs that are open.
         others: inputs of other sizes that it takes; none where no size is open.
         conditions: what open sizes must be like, as in ``width >= 21``; the program checks them by itself.
+            Lower bounds that the model has too, such as the size of a kernel, are left out.
         notes: which sizes could not stay open, and why, a sentence each.
     """
 
@@ -116,13 +118,15 @@ def _attempt(model: nn.Module, inputs: Inputs, sizes: Sizes) -> Exported:
     symbols = input_values(program)
     closed = [s for s in sizes if not isinstance(symbols[s.tensor].shape[s.dim], torch.SymInt)]
     if closed:
-        raise _ClosedError(closed, "the model's code makes it a constant")
-    other = _other(model, as_module(program), inputs, sizes)
+        raise _ClosedError(closed, _CONSTANT)
+    module = as_module(program)
+    other = _other(model, module, inputs, sizes)
     if sizes and other is None:
-        raise _ClosedError(first, _NO_OTHER)
-    return Exported(
-        program, inputs, sizes, (other,) if other else (), _conditions(program, model, inputs, sizes)
-    )
+        groups = [tuple(s for s in sizes if s.name == name) for name in dict.fromkeys(s.name for s in sizes)]
+        alone = [s for group in groups if _other(model, module, inputs, group) is None for s in group]
+        raise _ClosedError(alone or first, _CONSTANT if alone else _NO_OTHER)
+    conditions = _conditions(program, model, inputs, sizes)
+    return Exported(program, inputs, sizes, (other,) if other else (), conditions)
 
 
 def _export(model: nn.Module, inputs: Inputs, sizes: Sizes) -> ExportedProgram:
@@ -222,7 +226,7 @@ def _stays(sizes: Sequence[Size], inputs: Inputs, reason: str) -> str:
 
 
 def _conditions(program: ExportedProgram, model: nn.Module, inputs: Inputs, sizes: Sizes) -> tuple[str, ...]:
-    """What the open sizes must be like for the program, in words of their names."""
+    """What the open sizes must be like for the program but not for the model, in words of their names."""
     lower: dict[str, int] = {}
     upper: dict[str, int] = {}
     symbols = input_values(program)
@@ -234,9 +238,19 @@ def _conditions(program: ExportedProgram, model: nn.Module, inputs: Inputs, size
         if bounds is not None and str(bounds.upper).isdigit():
             upper[size.name] = min(int(bounds.upper), upper.get(size.name, int(bounds.upper)))
     guards = {frozenset(text.split(" == ")): text for text in _guards(program, model, inputs, sizes)}
-    least = (f"{name} >= {n}" for name, n in lower.items())
-    most = (f"{name} <= {n}" for name, n in upper.items())
-    return (*least, *most, *guards.values())
+    texts = sorted(guards.values(), key=lambda text: "!=" in text)
+    least = [f"{name} >= {n}" for name, n in lower.items() if _runs(model, inputs, sizes, name, n - 1)]
+    return (*least, *(f"{name} <= {n}" for name, n in upper.items()), *texts)
+
+
+def _runs(model: nn.Module, inputs: Inputs, sizes: Sizes, name: str, n: int) -> bool:
+    """Whether the model runs where the sizes of a name are ``n``."""
+    try:
+        with quiet():
+            call(model, resized(inputs, {size: n for size in sizes if size.name == name}))
+    except Exception:  # a model may say anything to a size it is not made for
+        return False
+    return True
 
 
 _SIZE = re.compile(r"(L(?:\[[^\]]+\])+)\.size\(\)\[(\d+)\]")
