@@ -161,13 +161,17 @@ def bordered_cost(
         layer, at = Layer("conv", b.layer(key)), b.layer_size(key, size)
         cost = layer_cost(layer, at, batch=batch, dtype=dtype)
         weights = cost.weights * math.prod(b.residues(key))
-        total = total + replace(cost, latency=cost.latency + JOINT, weights=weights)
+        views = (b.low.spatial + 2) * Load("view", 0, 0).latency if max(b.together(key)) > 1 else 0.0
+        total = total + replace(cost, latency=cost.latency + JOINT + views, weights=weights)
     outputs = batch * b.low.out_channels * math.prod(b.low.out_size(size))
     joins = sum(len(side.segments) > 1 for side in b.sides)
     for _ in range(joins):
         total = total + operator_cost("pad", outputs, dtype=dtype)
     if max(b.rates) > 1:
         total = total + operator_cost("pixel_shuffle", outputs, dtype=dtype)
+    for side in b.sides:
+        if side.excess != 0:  # what is too much at the end is dropped, by a copy
+            total = total + operator_cost("index_select", outputs, dtype=dtype)
     return total
 
 

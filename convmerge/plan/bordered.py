@@ -79,7 +79,9 @@ def border_words(
         return ""
     if option is not None and border_pays(before, option[1]):
         return ""  # it is part of a larger merge, or was ruled out for another reason
-    what = "kernels of their own for the borders" if borders else "one convolution for all phases of the output"
+    what = (
+        "kernels of their own for the borders" if borders else "one convolution for all phases of the output"
+    )
     return f"; {what} would cost more"
 
 
