@@ -60,8 +60,9 @@ def test_projections_of_few_tokens_are_one_layer() -> None:
     assert isinstance(result.model.get_submodule("query"), nn.Linear)
 
 
-def test_projections_that_take_as_long_together_stay() -> None:
-    result = convmerge.inspect(Attention(768, 12).eval(), torch.randn(1, 512, 768))
+@pytest.mark.parametrize("tokens", [4, 512])
+def test_projections_that_take_as_long_together_stay(tokens: int) -> None:
+    result = convmerge.inspect(Attention(768, 12).eval(), torch.randn(1, tokens, 768))
     assert not result.merged()
     assert any("costs more as one layer" in site.reason for site in result.sites)
 
