@@ -342,8 +342,9 @@ def test_fuse_merges_bottlenecks_in(model: nn.Module, shape: tuple[int, ...], te
         nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)),
         nn.Sequential(nn.Conv2d(64, 16, 3, padding=1), nn.Conv2d(16, 64, 3, padding=1)),
         nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, groups=64) for _ in range(2))),
+        nn.Sequential(nn.Conv2d(64, 512, 7, padding=3), nn.Conv2d(512, 64, 5, padding=2)),
     ],
-    ids=["a 5×5 of equal width", "narrow in the middle", "depthwise"],
+    ids=["a 5×5 of equal width", "narrow in the middle", "depthwise", "many weights at the borders"],
 )
 def test_what_border_classes_would_slow_down_is_left_alone(model: nn.Module) -> None:
     assert convmerge.inspect(model.eval(), torch.randn(1, 64, 56, 56)).merged() == ()

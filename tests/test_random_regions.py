@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import random
 import re
 from collections import Counter
@@ -89,7 +88,7 @@ def merged(context: Context, elements: Chain, seed: int) -> str:
         if any(map(is_passage, elements)):
             raise
         b = bordered(border_stages(elements, place))
-        if sum(b.layer(key).weights * math.prod(b.residues(key)) for key in b.keys) > LARGEST:
+        if b.weights > LARGEST:
             return "too large to try"
         site = Site(elements, place, Run(elements), (), place, b.low, b, ZERO, ZERO)
         layers = [build_bordered(b, border_numbers(elements, place), torch.float64)]

@@ -117,6 +117,11 @@ class Bordered:
         """All classes, the interior included."""
         return list(itertools.product(*(range(len(side.segments)) for side in self.sides)))
 
+    @property
+    def weights(self) -> int:
+        """Number of weights of all kernels, biases included."""
+        return sum(self.layer(key).weights * math.prod(self.residues(key)) for key in self.keys)
+
     def residues(self, key: Key) -> Dims:
         """Per dimension the number of kernels that a class has."""
         return tuple(side.residues(k) for side, k in zip(self.sides, key, strict=True))

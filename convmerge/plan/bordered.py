@@ -19,6 +19,7 @@ from convmerge.regions.fold import Place, after, geometry_of, numbers_of
 MARGIN = 1.25  # predicted time as it is over that of border classes, whose many small calls vary more
 ROOM = 2  # the example must have this many times the smallest size, so that somewhat smaller ones run too
 HOPELESS = 16  # a composition with this many times the MACs does not come back by what follows
+LARGEST = 4_000_000  # weights in all: more take too long to compute, and are too much to store for speed
 
 
 def border_stages(elements: Sequence[Element], place: Place) -> tuple[Geometry, ...]:
@@ -60,6 +61,8 @@ def border_option(
     b = bordered(stages)
     if any(n < ROOM * least for n, least in zip(place.size, b.minimum, strict=True)):
         raise Refusal(f"a map of {words(place.size)} is mostly borders")
+    if b.weights > LARGEST:
+        raise Refusal(f"the kernels of the borders would have {b.weights / 1e6:.1f} M weights")
     return b, model.bordered(b, place.size, batch=place.batch, dtype=dtype, before=before)
 
 
