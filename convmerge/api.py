@@ -19,6 +19,7 @@ from convmerge.layers import Built, build, together
 from convmerge.pipeline import GUILTY, Options, Pipeline, Progress
 from convmerge.report import Report, Verification
 from convmerge.verification.compare import compare
+from convmerge.verification.halves import unequal_in_single
 from convmerge.verification.probes import bisect
 
 
@@ -117,9 +118,12 @@ def _build(
     return decisions, built
 
 
-def _apply(model: nn.Module, decisions: Decisions, built: Sequence[Built]) -> nn.Module:
+def _apply(
+    model: nn.Module, decisions: Decisions, built: Sequence[Built], *, exact: bool = False
+) -> nn.Module:
+    """A copy of the model with the merged layers; with ``exact``, as they are before rounding."""
     replacements = [
-        Replacement(edit, b.layer if edit is b.decision.edits[0] else None)
+        Replacement(edit, (b.exact if exact else b.layer) if edit is b.decision.edits[0] else None)
         for b in built
         for edit in b.decision.edits
     ]
@@ -131,22 +135,27 @@ def _verify(
 ) -> tuple[nn.Module, list[Built], Verification]:
     """Compare the whole; where that fails, find and drop the guilty sites and compare again."""
 
-    def compared(candidate: nn.Module) -> Verification:
-        return compare(run.reference, candidate, run.inputs, seed=run.options.seed)
+    def compared(candidate: nn.Module, sites: Sequence[Built]) -> Verification:
+        seed = run.options.seed
+        verdict = compare(run.reference, candidate, run.inputs, seed=seed)
+        if not verdict.equal or not sites or any(b.exact is None for b in sites):
+            return verdict
+        exact = _apply(run.model, decisions, sites, exact=True)
+        return unequal_in_single(run.reference, exact, run.inputs, seed=seed) or verdict
 
-    verification = compared(fused)
+    verification = compared(fused, chosen)
     if verification.equal:
         return fused, chosen, verification
 
     def ok(groups: Sequence[Sequence[Built]]) -> bool:
         sites = [b for group in groups for b in group]
-        return compared(_apply(run.model, decisions, sites)).equal
+        return compared(_apply(run.model, decisions, sites), sites).equal
 
     guilty = [b for group in bisect(together(chosen), ok) for b in group]
     run.warnings.append(f"{len(guilty)} sites were dropped: {verification.reason}")
     kept = [b for b in chosen if b not in guilty]
     fused = _apply(run.model, decisions, kept)
-    final = compared(fused)
+    final = compared(fused, kept)
     if not final.equal:
         return copy_model(run.original).eval(), [], final
     return fused, kept, final

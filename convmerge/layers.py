@@ -34,12 +34,14 @@ class Built:
         layer: the merged layer in the model's dtype.
         probe: the float64 check against the original calls.
         refusal: why it is not made after all.
+        exact: the merged layer in float64, kept where half precision leaves much unseen.
     """
 
     decision: Decision
     layer: nn.Module
     probe: Probe | None = None
     refusal: str | None = None
+    exact: nn.Module | None = None
 
     def dropped(self, reason: str) -> Built:
         """The same, not made."""
@@ -87,7 +89,7 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
     if not found.exact:
         reason = f"differs from the original by {found.error:.1e} in float64, more than rounding explains"
         return Built(decision, layer, found, reason)
-    return Built(decision, layer, found)
+    return Built(decision, layer, found, exact=exact if style.dtype.itemsize < 4 else None)
 
 
 def _plain(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import models
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import convmerge
 from convmerge.api import Result
+from convmerge.edit.retrace import Trace
+from convmerge.edit.rewrite import Replacement, apply
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -137,3 +140,30 @@ def test_a_right_merge_passes_and_a_wrong_weight_is_seen(dtype: torch.dtype) -> 
     with torch.no_grad():
         layer.weight[0] *= 1.5
     assert not convmerge.verify(model, wrong, x).equal
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_layer_put_in_the_wrong_place_is_seen_though_rounding_hides_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged layers in single precision are compared too; in half precision this one would pass."""
+
+    def off(model: nn.Module, replacements: Sequence[Replacement], traces: Mapping[str, Trace]) -> nn.Module:
+        changed = []
+        for replacement in replacements:
+            layer = copy.deepcopy(replacement.layer)
+            if isinstance(layer, nn.Linear) and layer.in_features == 11:
+                with torch.no_grad():
+                    layer.weight[0, 0] += 2e-3
+            changed.append(replace(replacement, layer=layer))
+        return apply(model, changed, traces)
+
+    model, x = adapted(dtype, torch.float32), torch.randn(5, 11).to(dtype)
+    with monkeypatch.context() as patched:
+        patched.setattr(convmerge.api, "apply", off)
+        patched.setattr(convmerge.api, "unequal_in_single", lambda *_, **__: None)
+        assert len(convmerge.fuse(model, x).report.merged()) == 2
+    monkeypatch.setattr(convmerge.api, "apply", off)
+    report = convmerge.fuse(model, x).report
+    assert [site.modules[0].split(".")[0] for site in report.merged()] == ["2"]
+    assert any("1 sites were dropped" in warning for warning in report.warnings), report.warnings
