@@ -24,7 +24,7 @@ from convmerge.emit.bordered import build_bordered
 from convmerge.errors import Refusal
 
 TRANSPOSED = Axis(4, 2, 1, 1, 2, 2)
-COVERING, SPREAD = Axis(5, 1, 1, 1, 0, 0), Axis(2, 1, 2, 3, 0, 0)
+COVERING, SPREAD = Axis(16, 1, 1, 1, 0, 0), Axis(2, 1, 2, 3, 0, 0)
 
 
 def chain_of(name: str) -> list[Affine]:

@@ -18,6 +18,9 @@ from convmerge.emit.layer import Emission, Kind, Layer
 from convmerge.errors import Refusal
 
 
+HEAD = 16  # taps; those with fewer, 3×3 most often, are made for maps larger than an example may be
+
+
 @lru_cache(maxsize=65536)
 def emissions(g: Geometry) -> tuple[Emission, ...]:
     """Every way to build a form of this geometry as plain layers, at least one.
@@ -73,8 +76,9 @@ def _widened(g: Geometry) -> Iterator[Emission]:
 
 
 def _unfolded(g: Geometry) -> Iterator[Emission]:
-    """One matrix product; for large kernels on small maps."""
-    if g.groups == 1 and not g.ones and not g.pointwise and not any(g.lo) and not any(g.hi):
+    """One matrix product; for kernels such as those of heads, whose maps are small."""
+    plain = g.groups == 1 and not g.ones and not any(g.lo) and not any(g.hi)
+    if plain and math.prod(g.kernel) >= HEAD:
         none = (0,) * g.spatial
         yield Emission((Layer("unfolded", g),), none, none)
 
