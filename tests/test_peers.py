@@ -159,6 +159,23 @@ def test_a_constant_pad_before_a_conv(value: float) -> None:
     checked(model, X)
 
 
+@pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 2, 1, 0)])
+def test_a_pad_with_another_number_than_zero_merges_with_what_is_around_it(pads: tuple[int, ...]) -> None:
+    """conv(pad_c(x)) = conv(pad_0(x)) and c times the taps on the padding, which a channel of ones carries."""
+    layers = nn.Conv2d(6, 31, 1), nn.ConstantPad2d(pads, -0.7), nn.Conv2d(31, 5, 3), nn.BatchNorm2d(5)
+    result = checked(random_model(nn.Sequential(*layers).eval(), X), X)
+    assert_merged(result, X, conv=1, batch_norm=0, pad=len(set(pads[:2])))  # one more where sides differ
+    assert "channel of ones" in result.report.merged()[0].reason
+
+
+def test_a_pad_with_what_the_layer_before_it_makes_of_zeros_leaves_no_border() -> None:
+    model = random_model(
+        nn.Sequential(nn.Conv2d(6, 31, 1), nn.ConstantPad2d(1, 0.5), nn.Conv2d(31, 5, 3)).eval(), X
+    )
+    model[0].bias.data.fill_(0.5)
+    assert_merged(checked(model, X), X, conv=1, pad=0)
+
+
 # --- Batch norm ---------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from convmerge.emit.interleave import Interleaving, interleaving_geometry
 from convmerge.emit.layer import Emission, Kind, Layer
 from convmerge.errors import Refusal
 
-
 HEAD = 16  # taps; those with fewer, 3×3 most often, are made for maps larger than an example may be
 
 

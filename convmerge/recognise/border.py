@@ -52,7 +52,7 @@ def _overwritten(context: Context, call: Call) -> BorderFill | None:
     if any(calls[reader].index < calls[writes[-1]].index for reader in readers):
         return None
     value = _value(context, call.node, writes, lo, hi)
-    return None if value is None else _fill(source, shape[1], lo, hi, value, tuple(writes))
+    return None if value is None else border_fill(source, lo, hi, value, tuple(writes))
 
 
 def _writes(context: Context, view: Node, lo: Dims, hi: Dims) -> list[Node]:
@@ -130,20 +130,22 @@ def _surrounded(context: Context, call: Call) -> BorderFill | None:
     before = sum(context.shape(v)[dim] for v in tensors[: data[0]])
     lo, hi = [0] * spatial, [0] * spatial
     lo[dim - 2], hi[dim - 2] = before, strips.shape[dim] - before
-    return _fill(source, shape[1], tuple(lo), tuple(hi), value[:, 0].clone(), ())
+    return border_fill(source, tuple(lo), tuple(hi), value[:, 0].clone())
 
 
-def _fill(
-    source: Node, channels: int, lo: Dims, hi: Dims, value: Tensor, writes: tuple[Node, ...]
+def border_fill(
+    source: Node, lo: Dims, hi: Dims, value: Tensor, writes: tuple[Node, ...] = (), *, any_size: bool = False
 ) -> BorderFill:
-    one = (1,) * len(lo)
+    """Padding of every dimension after axis 1 with ``value``, one number per channel."""
+    kind = "pad" if any_size else "pad by bias"
+    channels, one = len(value), (1,) * len(lo)
     geometry = Geometry(channels, channels, channels, one, one, one, one, lo, hi, bias=True, ones=True)
 
     def numbers() -> Affine:
         weight = torch.ones(channels, 1, *one, dtype=torch.float64)
         return Affine(geometry, weight, value, -value.reshape(channels, *one))
 
-    return BorderFill(source, 1, geometry, numbers, "pad by bias", value=value, writes=writes)
+    return BorderFill(source, 1, geometry, numbers, kind, value=value, writes=writes, any_size=any_size)
 
 
 def with_beginnings(fill: BorderFill, steps: Mapping[Node, Step]) -> BorderFill:

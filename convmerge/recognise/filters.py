@@ -14,6 +14,7 @@ from torch.fx.node import Node
 from convmerge.affine import Affine, Dims, Geometry
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Call
+from convmerge.recognise.border import border_fill
 from convmerge.recognise.flattened import after_flatten
 from convmerge.recognise.generated import depends, refuse_generated
 from convmerge.recognise.stacked import sum_of_stack
@@ -346,7 +347,9 @@ def channel_shuffle(context: Context, call: Call) -> Step | None:
 
 @recognises("constant_pad_nd", "pad")
 def pad(context: Context, call: Call) -> Step | None:
-    """Zero padding or cropping of the last dimensions; other modes are passages that repeat border values."""
+    """Padding with a constant, or cropping, of the last dimensions; other modes are passages that repeat
+    border values.
+    """
     source = _source(context, call.args["self"])
     if source is None:
         return None
@@ -358,11 +361,14 @@ def pad(context: Context, call: Call) -> Step | None:
         return Passage(source, {axis: axis for axis in range(len(shape) - n)}, f"{call.args['mode']} pad")
     if n > spatial or spatial < 1 or spatial > 3:
         raise Refusal("pads more than the spatial dimensions")
-    if (call.args.get("value") or 0) != 0:
-        raise Refusal(f"pads with {call.args['value']}, not with zeros")
-    lo = tuple(pads[2 * i] for i in reversed(range(n)))
-    hi = tuple(pads[2 * i + 1] for i in reversed(range(n)))
-    return _padding(source, shape, (0,) * (spatial - n) + lo, (0,) * (spatial - n) + hi, "pad")
+    lo = (0,) * (spatial - n) + tuple(pads[2 * i] for i in reversed(range(n)))
+    hi = (0,) * (spatial - n) + tuple(pads[2 * i + 1] for i in reversed(range(n)))
+    value = float(call.args.get("value") or 0)
+    if value == 0 or max(pads) <= 0:
+        return _padding(source, shape, lo, hi, "pad")
+    if not math.isfinite(value):
+        raise Refusal(f"pads with {value}, which is no number")
+    return border_fill(source, lo, hi, torch.full((shape[1],), value, dtype=torch.float64), any_size=True)
 
 
 def _padding(source: Node, shape: tuple[int, ...], lo: Dims, hi: Dims, kind: str) -> Filter:

@@ -49,10 +49,12 @@ class BorderFill(Filter):
         writes: the calls that write v into the border of a zero pad, in order, their views included.
         beginnings: values from which everything up to here turns zeros into v, so that padding there with
             zeros is the same.
+        any_size: whether it pads maps of every size so, and not those of the example's alone.
     """
 
     value: Tensor = field(kw_only=True)
     writes: tuple[Node, ...] = ()
+    any_size: bool = False
     beginnings: frozenset[Node] = frozenset()
 
 

@@ -83,7 +83,8 @@ class Replay:
         sizes are fixed.
         """
         g, place = self._site.geometry, self._site.place
-        fixed = any(isinstance(leaf.step, BorderFill) for leaf in leaves(self._site.elements))
+        steps = [leaf.step for leaf in leaves(self._site.elements)]
+        fixed = any(isinstance(step, BorderFill) and not step.any_size for step in steps)
         if fixed or any(self._evidence.calls[node].op in RESHAPES for node in self._calls):
             return [place.shape]
         lead = tuple(min(n, 1 if place.size else 2) for n in place.shape[: place.axis])
