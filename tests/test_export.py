@@ -286,6 +286,19 @@ def test_places_of_a_program_are_those_of_its_modules(tmp_path: Path) -> None:
     assert fused.report.before is not None and fused.report.before.operators["conv"] == 3
 
 
+def test_decomposed_programs_are_composed_again(tmp_path: Path) -> None:
+    up = nn.ConvTranspose2d(3, 4, 3, 2, 1, 1, dilation=2)
+    model = random(nn.Sequential(up, nn.ReLU(), nn.Conv2d(4, 5, (3, 1), dilation=(2, 1)), nn.BatchNorm2d(5)))
+    program = torch.export.export(model, (X,), strict=False).run_decompositions()
+    torch.export.save(program, tmp_path / "m.pt2")
+    file = open_model(tmp_path / "m.pt2", trust=True)
+    assert torch.equal(file.module(X), model(X))
+    before = api.inspect(file.module, file.inputs)
+    assert before.before is not None
+    assert before.before.operators == {"batch_norm": 1, "conv": 1, "conv_transpose": 1}
+    assert [site.place for site in before.merged()] == ["2 … 3"]
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".pt2"])
 def test_nested_programs_are_fused(suffix: str, tmp_path: Path) -> None:
     model, inputs = masked()

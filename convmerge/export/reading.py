@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from convmerge.errors import LoadError
 from convmerge.evidence.tracing import quiet
 from convmerge.export.program import as_module, input_values
+from convmerge.export.recompose import recompose
 from convmerge.export.sizes import Size, Sizes, named_sizes
 from convmerge.inputs import Inputs
 from convmerge.verification.probes import first_line
@@ -87,6 +88,7 @@ def plain_module(program: ExportedProgram) -> fx.GraphModule:
         guards = module.get_submodule(str(node.target))
         if type(guards).__name__ == "GuardsFn":
             setattr(module, str(node.target), _plain_guards(guards, len(node.args)))
+    recompose(module.graph)
     module.graph.lint()
     return fx.GraphModule(module, module.graph, class_name="ExportedProgram").eval()
 
