@@ -119,8 +119,9 @@ class Evidence:
         return tuple(n if isinstance(n, int) else 0 for n in node.meta["val"].shape)
 
     def dtype(self, node: Node) -> torch.dtype:
-        """Dtype of a tensor value."""
-        dtype: torch.dtype = node.meta["val"].dtype
+        """Dtype of a tensor value, or of the first one where a call gives several."""
+        value = node.meta["val"]
+        dtype: torch.dtype = (value[0] if isinstance(value, tuple | list) else value).dtype
         return dtype
 
 
