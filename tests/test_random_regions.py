@@ -78,7 +78,7 @@ def merged(context: Context, elements: Chain, seed: int) -> str:
     evidence = context.evidence
     place = place_of(evidence, elements)
     if place is None:
-        raise Refusal("no operator says which axis the channels are on")
+        raise Refusal("numbers alone, with no filter to go into")
     try:
         site = Planner(Frames(evidence, context.constants)).maker.site(elements, place, ZERO)
         form = site_numbers(dataclasses.replace(site, blocks=None), evidence)

@@ -83,7 +83,8 @@ def compose_axis(outer: Axis, inner: Axis) -> Composition:
 
     Raises:
         Refusal: a stride d1 > 1, then an upsampling u2 > 1. At coprime rates the two commute, but with r of
-            the input left unread by the stride one filter would give up to u2*r/d1 >= 1 outputs more.
+            the input left unread by the stride one filter would give up to u2*r/d1 >= 1 outputs more. See
+            :mod:`convmerge.algebra.blocked` for what does it at any rates.
     """
     if outer.up > 1 and inner.down > 1:
         raise Refusal(f"upsampling by {outer.up} after a stride of {inner.down} is not one filter")

@@ -6,7 +6,7 @@ input that is still there (a tap leak), and its bias (a bias leak). Remedies, ch
 1. no leak: :func:`convmerge.algebra.compose` is exact as it is;
 2. a bias leak alone: the bias moves onto a kernel over a channel of ones, which fades at the borders as the
    input does, and composes from there on like any other channel;
-3. a tap leak: refused.
+3. a tap leak: refused as one form; :mod:`convmerge.borders.classes` has kernels of their own for the borders.
 """
 
 from __future__ import annotations
