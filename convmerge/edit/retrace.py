@@ -8,7 +8,6 @@ that module.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from torch import fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import Node, map_arg
 
+from convmerge.edit.tracer import arguments, trace_all_ways
 from convmerge.errors import Refusal
-from convmerge.evidence.capture import Evidence, Frame, Signature, live_calls, plain_defaults
+from convmerge.evidence.capture import Evidence, Frame, Signature, live_calls
 from convmerge.evidence.constants import Constants, memory_root, view_of
 from convmerge.evidence.tracing import VisibleData, drop_idle, quiet, unmarked
 
@@ -73,24 +73,8 @@ def retrace(
     return Trace(graph, {position[call]: node for call, node in made.items()}, constant)
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, opened: frozenset[str]) -> None:
-        super().__init__()
-        self._opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self._opened
-
-
 def _trace(module: nn.Module, signature: Signature, opened: frozenset[str]) -> fx.Graph:
-    bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
-    absent = {k: v for k, v in plain_defaults(module).items() if k not in bound.arguments}
-    with quiet(), unmarked(module):
-        graph = _Tracer(opened).trace(module, concrete_args=absent or None)
-    names = list(inspect.signature(module.forward).parameters)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, name in zip(placeholders, names, strict=True):
-        node.target = name  # tracing with defaults renames parameters, which keyword callers would miss
+    graph = trace_all_ways(module, signature, opened)
     for node in graph.find_nodes(op="call_function", target=_assert_is_none):
         _spell_out(graph, node)
     return graph
@@ -156,16 +140,9 @@ class _Stepwise(nn.Module):
 def _export_stepwise(
     module: nn.Module, graph: fx.Graph, signature: Signature
 ) -> tuple[list[Node], list[Node]]:
-    bound = inspect.signature(module.forward).bind(*signature.args, **signature.kwargs)
-    bound.apply_defaults()
-    inputs: list[Any] = []
-    for name, parameter in inspect.signature(module.forward).parameters.items():
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if variadic and bound.arguments.get(name):
-            raise ValueError("it takes any number of arguments")
-        inputs.append(bound.arguments.get(name))
+    inputs = tuple(arguments(module, signature).values())
     with quiet(), unmarked(module), VisibleData(), torch.no_grad():
-        program = torch.export.export(_Stepwise(module, graph), tuple(inputs), strict=False)
+        program = torch.export.export(_Stepwise(module, graph), inputs, strict=False)
     drop_idle(program.graph)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     exported, made_by = [], []
