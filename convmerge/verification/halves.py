@@ -35,8 +35,8 @@ def unequal_in_single(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int =
     if any(_casts_to_half(m) for m in b.modules() if isinstance(m, fx.GraphModule)):
         return None
     try:
-        single = [private(model, torch.float32) for model in (a, b)]
-        verdict = compare(*single, inputs.to(torch.float32), seed=seed, more=False)
+        single, merged = private(a, torch.float32), private(b, torch.float32)
+        verdict = compare(single, merged, inputs.to(torch.float32), seed=seed, more=False)
     except ConvmergeError:
         return None
     return verdict if verdict.comparisons and not verdict.equal else None
