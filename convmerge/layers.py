@@ -15,11 +15,13 @@ from convmerge.borders.classes import Bordered
 from convmerge.decide import Decider, Decision, Decisions
 from convmerge.emit.bordered import build_bordered
 from convmerge.emit.parallel import Parallel, build_parallel
+from convmerge.emit.sized import Sized, build_sized
 from convmerge.errors import Refusal
 from convmerge.plan import Site, site_numbers
 from convmerge.plan.bordered import border_numbers
 from convmerge.recognise import Filter
 from convmerge.regions.elements import leaves
+from convmerge.regions.fold import after, fold_numbers, geometry_of
 from convmerge.verification.probes import Probe, probe, rounded_once
 from convmerge.verification.replay import Replay
 
@@ -75,6 +77,8 @@ def _build(decider: Decider, decision: Decision, seed: int) -> Built:
     try:
         if isinstance(site.emission, Bordered):
             exact, layer = _bordered(site, site.emission, style)
+        elif isinstance(site.emission, Sized):
+            exact, layer = _sized(decider, site, site.emission, style)
         elif isinstance(site.emission, Parallel):
             exact, layer = _parallel(site, site.emission, style)
         else:
@@ -124,6 +128,28 @@ def _bordered(site: Site, b: Bordered, style: _Style) -> tuple[nn.Module, nn.Mod
     layer = build_bordered(
         b,
         forms,
+        style.dtype,
+        device=style.device,
+        requires_grad=style.requires_grad,
+        memory_format=style.memory_format,
+    )
+    return exact, layer
+
+
+def _sized(decider: Decider, site: Site, s: Sized, style: _Style) -> tuple[nn.Module, nn.Module]:
+    """A filter behind upsampling to a given size, in float64 and in the dtype of ``style``."""
+    form = site_numbers(site, decider.evidence)
+    if form.geometry != site.geometry:
+        s = dataclasses.replace(s, main=decider.planner.way_to_build(form.geometry, site))
+    edge = None
+    if s.edge is not None:
+        first, *rest = site.elements
+        edge = fold_numbers(rest, after(site.place, geometry_of(first, site.place)))
+    exact = build_sized(s, form, edge, torch.float64)
+    layer = build_sized(
+        s,
+        form,
+        edge,
         style.dtype,
         device=style.device,
         requires_grad=style.requires_grad,

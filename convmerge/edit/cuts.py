@@ -46,6 +46,8 @@ def home_of(trace: Trace, edit: GraphEdit) -> Cut:
         return Cut((), value, (value,))
     if edit.beside is not None:
         return cut(trace, edit.beside[:1])
+    if edit.sized is not None:
+        size_of(trace, edit.sized[0])
     return cut(trace, edit.home, edit.regroup, edit.pieces)
 
 
@@ -56,6 +58,17 @@ def parts_of(trace: Trace, position: int) -> list[Node]:
     if not isinstance(parts, list | tuple) or not all(isinstance(part, Node) for part in parts):
         raise Refusal("the code concatenates in a way that its terms cannot be told from")
     return [part for part in parts if isinstance(part, Node)]
+
+
+def size_of(trace: Trace, position: int) -> Node | tuple[Node | int, ...]:
+    """The size that the upsampling at a position is given. Raises Refusal where the code hides it."""
+    node = trace.made_by[position]
+    size = node.kwargs.get("size", node.args[1] if len(node.args) > 1 else None)
+    if node.target is F.interpolate and isinstance(size, Node):
+        return size
+    if node.target is not F.interpolate or not isinstance(size, list | tuple):
+        raise Refusal("the code gives the size to upsample to in a way that is not followed")
+    return tuple(n for n in size if isinstance(n, Node | int))
 
 
 def cut(
@@ -77,7 +90,7 @@ def cut(
     handing = {node for node in silent if _hands_on(node)}
     inside |= _between(trace.graph, inside, handing)
     inside |= _checks(trace.graph, inside, silent)
-    sizes = _sizes(trace.graph, silent)
+    sizes = _sizes(trace.graph, silent, trace.numbers)
     inside |= _only_for(trace.graph, inside, sizes)
     nodes = tuple(node for node in trace.graph.nodes if node in inside)
     known = inside | sizes
@@ -152,9 +165,9 @@ def _checks(graph: fx.Graph, inside: set[Node], silent: set[Node]) -> set[Node]:
     return touched
 
 
-def _sizes(graph: fx.Graph, silent: set[Node]) -> set[Node]:
-    """Silent nodes that look at the shape of a tensor, and what is computed from those alone."""
-    found: set[Node] = set()
+def _sizes(graph: fx.Graph, silent: set[Node], numbers: frozenset[Node]) -> set[Node]:
+    """Numbers, silent nodes that look at the shape of a tensor, and what is computed from those alone."""
+    found: set[Node] = set(numbers)
     for node in graph.nodes:
         method = node.op == "call_method" and node.target in ("size", "dim", "numel")
         attribute = node.target is getattr and node.args[1] in ("shape", "ndim")

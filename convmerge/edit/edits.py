@@ -81,6 +81,8 @@ class GraphEdit:
         operand: where the merged layer replaces no calls but stands in front of an operand: the position of
             the call that concatenates, and which operand it is.
         added: position of a call that concatenates and is to add up.
+        sized: an upsampling to a given size that the merged layer replaces, and whose size it takes: its
+            position, and how many dimensions the size has.
         beside: where the merged layer stands beside a call that stays: its position, and on which side of it.
     """
 
@@ -93,6 +95,7 @@ class GraphEdit:
     operand: tuple[int, int] | None = None
     added: int | None = None
     beside: tuple[int, Literal["front", "behind"]] | None = None
+    sized: tuple[int, int] | None = None
 
 
 Edit = UnitEdit | GraphEdit

@@ -20,7 +20,7 @@ from convmerge.errors import Refusal
 from convmerge.evidence.capture import ROOT, Call, Evidence, Frame, is_tensor, nodes_of
 from convmerge.evidence.constants import memory_root
 from convmerge.evidence.memory import check_sums, check_views
-from convmerge.recognise import Same
+from convmerge.recognise import Resized, Same
 from convmerge.regions.elements import Block, Edge, Fork, Gap, Leaf, Via, calls_of, leaves
 
 
@@ -32,7 +32,7 @@ def lower(
     Raises Refusal where no way is known to be exact.
     """
     check_memory(frames.evidence, home, emptied)
-    gap = gap_of(home)
+    gap, sized = gap_of(home), resized_of(home)
     try:
         if added is not None or edge_of(home) is not None:
             raise Refusal("the code that concatenates is not known")
@@ -40,6 +40,8 @@ def lower(
             raise Refusal("the sum has a term that starts from another value")
         if fork_of(home) is not None:
             raise Refusal("the code that calls the siblings is not known")
+        if sized is not None:
+            raise Refusal("the code that gives the size is not known")
         if gap is not None:
             return _as_units_beside(frames, gap, emptied, model)
         return _as_units(frames, home, emptied, model)
@@ -58,6 +60,7 @@ def lower(
         opened=opened,
         operand=None if edge is None else (position[edge.call], edge.index),
         added=None if added is None else position[added],
+        sized=None if sized is None else (position[sized[0]], sized[1].geometry.spatial),
         beside=None if gap is None else (position[gap.beside.node], _side(gap)),
     )
 
@@ -295,6 +298,12 @@ def edge_of(run: Run) -> Edge | None:
 def gap_of(run: Run) -> Gap | None:
     """The gap that a run is, which has no calls then."""
     return run.elements[0] if isinstance(run.elements[0], Gap) else None
+
+
+def resized_of(run: Run) -> tuple[Node, Resized] | None:
+    """The call that upsamples to a given size at the beginning of a run, taken for a filter."""
+    first = run.elements[0]
+    return (first.node, first.step) if isinstance(first, Leaf) and isinstance(first.step, Resized) else None
 
 
 def fork_of(run: Run) -> Fork | None:

@@ -34,11 +34,13 @@ class Trace:
         made_by: position among the module's evidence calls → the trace node that made the call; those that
             nobody reads the result of are left out.
         constant: positions of the calls that do not depend on the model's inputs.
+        numbers: parameters that were given numbers, such as sizes, and no tensors.
     """
 
     graph: fx.Graph
     made_by: dict[int, Node]
     constant: frozenset[int]
+    numbers: frozenset[Node] = frozenset()
 
 
 def retrace(
@@ -70,7 +72,14 @@ def retrace(
     made = {call: by_step[other] for call, other in zip(live, live_exported, strict=True)}
     position = {call: p for p, call in enumerate(calls)}
     constant = frozenset(position[call] for call in live if call in constants)
-    return Trace(graph, {position[call]: node for call, node in made.items()}, constant)
+    at = {position[call]: node for call, node in made.items()}
+    return Trace(graph, at, constant, _numbers(module, graph, signature))
+
+
+def _numbers(module: nn.Module, graph: fx.Graph, signature: Signature) -> frozenset[Node]:
+    given = arguments(module, signature).items()
+    plain = {name for name, value in given if isinstance(value, bool | int | float)}
+    return frozenset(n for n in graph.nodes if n.op == "placeholder" and n.target in plain)
 
 
 def _trace(module: nn.Module, signature: Signature, opened: frozenset[str]) -> fx.Graph:

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from torch import fx, nn
 from torch.fx.node import Node
 
-from convmerge.edit.cuts import Cut, carries_data, cut, home_of
+from convmerge.edit.cuts import Cut, carries_data, cut, home_of, size_of
 from convmerge.edit.edits import GraphEdit, Piece, UnitEdit
 from convmerge.edit.regroup import regroup
 from convmerge.edit.retrace import Trace
@@ -141,6 +141,8 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
             insert_before(graph, copies[trace.made_by[edit.operand[0]]], edit.operand[1], name)
         elif edit.pieces:
             _replace_by_parts(graph, home, copies, name, edit.pieces)
+        elif edit.sized is not None:
+            replace_part(graph, home, copies, name, _sizes(graph, trace, edit, copies))
         else:
             replace_part(graph, home, copies, name)
     for edit in edits:
@@ -156,17 +158,51 @@ def _edited(trace: Trace, owner: nn.Module, replacements: Sequence[Replacement])
     return stand_in(module, owner)
 
 
-def replace_part(graph: fx.Graph, part: Cut, copies: dict[Node, Node], name: str | None) -> None:
-    """Put a call of the module ``name``, or nothing, in place of the nodes of a cut."""
+def replace_part(
+    graph: fx.Graph,
+    part: Cut,
+    copies: dict[Node, Node],
+    name: str | None,
+    sizes: Sequence[Node | int] = (),
+) -> None:
+    """Put a call of the module ``name``, or nothing, in place of the nodes of a cut.
+
+    ``sizes`` are further arguments; what computes them stays.
+    """
     nodes = [copies[node] for node in part.nodes]
     result = copies[part.result]
     source = copies[part.source]
     with graph.inserting_after(result):
-        new = source if name is None else graph.call_module(name, (source,))
+        new = source if name is None else graph.call_module(name, (source, *sizes))
     result.replace_all_uses_with(new)
+    kept = _leading_to(sizes)
     for node in reversed(nodes):
-        graph.erase_node(node)
+        if node not in kept:
+            graph.erase_node(node)
     copies[part.result] = new  # another replacement may begin here
+
+
+def _leading_to(values: Sequence[Node | int]) -> set[Node]:
+    """The nodes among some values, and all that they are computed from."""
+    found: set[Node] = set()
+    pending = [value for value in values if isinstance(value, Node)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
+
+
+def _sizes(graph: fx.Graph, trace: Trace, edit: GraphEdit, copies: dict[Node, Node]) -> list[Node | int]:
+    """The size that the upsampling of an edit is given, one number per dimension."""
+    assert edit.sized is not None
+    position, dimensions = edit.sized
+    size = size_of(trace, position)
+    if not isinstance(size, Node):
+        return [copies[n] if isinstance(n, Node) else n for n in size]
+    with graph.inserting_before(copies[trace.made_by[position]]):
+        return [graph.call_function(operator.getitem, (copies[size], d)) for d in range(dimensions)]
 
 
 def insert_before(graph: fx.Graph, node: Node, index: int, name: str) -> None:

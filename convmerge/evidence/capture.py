@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from convmerge.errors import ConvmergeError
 from convmerge.evidence.copying import deep_copy
+from convmerge.evidence.ratios import Ratio, ratios_of
 from convmerge.evidence.tracing import VisibleData, collector_paused, drop_idle, quiet
 from convmerge.inputs import Inputs
 
@@ -104,6 +106,7 @@ class Evidence:
         outputs: nodes that the model returns.
         signatures: canonical module path → how it was called.
         eager: whether the graph was recorded from a run on real tensors, since torch.export failed.
+        source: the captured model and its inputs, to ask how it behaves at other sizes.
     """
 
     graph: fx.Graph
@@ -113,6 +116,13 @@ class Evidence:
     outputs: set[Node]
     signatures: dict[str, Signature]
     eager: bool = False
+    source: tuple[nn.Module, Inputs] | None = None
+
+    @cached_property
+    def ratios(self) -> dict[Node, Ratio]:
+        """How nearest upsampling enlarges maps at all sizes that the model takes."""
+        calls = {n: c.op for n, c in self.calls.items() if c.op.lstrip("_").startswith("upsample_nearest")}
+        return ratios_of(*self.source, calls) if self.source is not None else {}
 
     def size(self, node: Node) -> tuple[int, ...]:
         """Shape of a tensor value on the example inputs; 0 where it depends on a constant's values."""
@@ -159,15 +169,17 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
     """
     try:
         with collector_paused():
-            return _export(copy_model(model).eval(), inputs.clone())
+            evidence = _export(copy_model(model).eval(), inputs.clone())
     except Exception as error:  # torch.export raises many types on code it cannot follow
         try:
-            return _run(copy_model(model).eval(), inputs.clone())
+            evidence = _run(copy_model(model).eval(), inputs.clone())
         except Exception:
             raise ConvmergeError(
                 f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}",
                 hint="does the model run on these inputs? run with -v for the whole error",
             ) from error
+    evidence.source = model, inputs
+    return evidence
 
 
 def plain_defaults(model: nn.Module) -> dict[str, Any]:

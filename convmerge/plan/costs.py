@@ -10,6 +10,7 @@ from torch.fx.node import Node
 
 from convmerge.cost.model import ZERO, Cost, CostModel
 from convmerge.edit.frames import Frames
+from convmerge.emit.sized import Sized, edge_size
 from convmerge.evidence.capture import Evidence, is_tensor
 from convmerge.recognise import Filter, Passage, Same, Scalar
 from convmerge.recognise.channels import MOVES
@@ -44,6 +45,31 @@ def passage_cost(
     numbers = (math.prod(before) + math.prod(after)) / 2
     share = 1.0 if axis is None or channels is None else channels / before[axis]
     return model.operator(name, round(numbers * share), dtype=evidence.dtype(leaf.source))
+
+
+def edge_cost(model: CostModel, s: Sized, place: Place, dtype: torch.dtype) -> Cost:
+    """What it costs to compute anew the last outputs behind an upsampling to the size at ``place``."""
+    total, g = ZERO, s.edge
+    for dim, rows in enumerate(s.rows):
+        if g is None or not rows:
+            continue
+        size = edge_size(g, dim, place.size)
+        lo = tuple(0 if d == dim else n for d, n in enumerate(g.lo))
+        total = total + model.operator(
+            "conv", 0, geometry=replace(g, lo=lo), size=size, batch=place.batch, dtype=dtype
+        )
+        numbers = place.batch * g.in_channels * math.prod(size)
+        total = total + model.operator("nearest", numbers, dtype=dtype)
+        for _ in range(2):
+            total = total + model.operator("pad", numbers, dtype=dtype)
+        for _ in range(5):
+            total = total + model.operator("narrow", 0, dtype=dtype)
+    if g is not None and any(s.rows):
+        numbers = place.batch * g.out_channels * math.prod(g.out_size(place.size))
+        total = total + model.operator("pad", numbers, dtype=dtype)
+    # The same weights serve all sides.
+    sides = sum(rows > 0 for rows in s.rows)
+    return replace(total, weights=total.weights // max(1, sides))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from convmerge.edit.lower import gap_of
 from convmerge.emit import Emission, emissions
 from convmerge.errors import Refusal
 from convmerge.plan.bordered import border_words
+from convmerge.plan.homes import not_filter
 from convmerge.plan.site import Denial, Part, ends_of, is_filler, is_passage
 from convmerge.regions.blocks import is_slice
 from convmerge.regions.elements import Block, Chain, Element, Leaf
@@ -46,7 +47,10 @@ def _beside_passages(planner: Planner, chain: Chain, parts: Sequence[Part]) -> l
     for left, right in itertools.pairwise(parts):
         elements = chain[left.first : right.last + 1]
         ends = chain[left.first], chain[right.first]
-        if left.site is right.site is None and sum(map(is_passage, ends)) == 1:
+        if left.site is None and (reason := not_filter(ends[0])) is not None and not is_filler(ends[1]):
+            place = place_of(planner.evidence, elements) or Place(0, (1,))
+            found.append(Denial(elements, place, reason))
+        elif left.site is right.site is None and sum(map(is_passage, ends)) == 1:
             kept = denial(planner, elements)
             works = kept.before is not None and kept.before.macs > 0
             if works or ends_of(elements) in planner.forbidden:

@@ -17,7 +17,7 @@ from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence
 from convmerge.plan.costs import passage_cost
 from convmerge.plan.site import is_passage, is_same
-from convmerge.recognise import Same
+from convmerge.recognise import Passage, Same
 from convmerge.regions.elements import Chain, Element, Gap, Leaf
 from convmerge.regions.fold import Place, axes_along
 
@@ -46,6 +46,18 @@ def with_gaps(elements: Chain) -> Chain:
 def _gap(passage: Leaf, *, behind: bool) -> Gap:
     value = passage.node if behind else passage.source
     return Gap(value, value, Same(value), True, beside=passage, behind=behind)
+
+
+def as_filter(element: Element) -> Leaf | None:
+    """An upsampling to a given size as a filter; None for any other element."""
+    if not isinstance(element, Leaf) or not isinstance(element.step, Passage) or element.step.filter is None:
+        return None
+    return Leaf(element.source, element.node, element.step.filter)
+
+
+def not_filter(element: Element) -> str | None:
+    """Why a resampling is no filter that could merge with the one behind it, where there is a reason."""
+    return element.step.refusal if isinstance(element, Leaf) and isinstance(element.step, Passage) else None
 
 
 def homes(geometries: Geometries, runs: Sequence[Run], possible: Sequence[bool]) -> list[int]:

@@ -14,6 +14,7 @@ from convmerge.affine import Affine
 from convmerge.algebra import split
 from convmerge.cost.model import ZERO, Cost
 from convmerge.errors import Refusal
+from convmerge.plan.homes import as_filter, not_filter
 from convmerge.plan.site import ChainPlan, Denial, Part, Site, is_same
 from convmerge.recognise import BorderFill, Filter, Same, Scalar
 from convmerge.regions.elements import Chain, Element, Join, Leaf, Regions, Share, Via, leaves
@@ -246,17 +247,19 @@ def _ended(planner: Planner, chain: Chain, own: int, moved: Cost) -> list[Part] 
     via = chain[own]
     alone = isinstance(via, Via) and via.edge is not None
     for first in reversed(range(max(0, own - planner.window), own + alone)):
-        elements = chain[first:]
         if first < own and all(is_same(e) for e in chain[first:own]):
             continue
-        try:
-            site = planner.site(elements, planner.cost_as_is(chain[first:own]) + moved)
-        except Refusal as refused:
-            refusal = refusal or refused
-            continue
-        if site is not None:
-            part = Part(first, len(chain) - 1, site.after, site)
-            options.append((table.cost(first) + site.after, part))
+        resized = as_filter(chain[first])
+        ways = [chain[first:], *([(resized, *chain[first + 1 :])] if resized is not None else [])]
+        for elements in ways:
+            try:
+                site = planner.site(elements, planner.cost_as_is(chain[first:own]) + moved)
+            except Refusal as refused:
+                refusal = refusal or refused
+                continue
+            if site is not None:
+                part = Part(first, len(chain) - 1, site.after, site)
+                options.append((table.cost(first) + site.after, part))
     if not options:
         if refusal is not None:
             raise refusal
@@ -274,11 +277,13 @@ def _denied(planner: Planner, junction: Junction, reason: str, considered: _Spre
     """Why the first operator after the join did not move into its terms."""
     first = next((e for e in junction.following if not is_same(e)), None)
     last = next((chain[-1] for chain in junction.terms if chain and _is_operator(chain[-1])), None)
-    if first is None or last is None or not _is_operator(first):
+    if first is None or not _is_operator(first):
+        return []
+    if junction.join.joined == "cat" and considered is None:
+        return _denied_upsampling(planner, junction, first)
+    if last is None:
         return []
     elements = (last, first)
-    if junction.join.joined == "cat" and considered is None:
-        return []
     place = place_of(planner.evidence, elements) or Place(0, (1,))
     words = "sum" if junction.join.joined == "sum" else "concatenation"
     if considered is not None:
@@ -286,6 +291,16 @@ def _denied(planner: Planner, junction: Junction, reason: str, considered: _Spre
         after = sum((site.after for site in considered.sites), ZERO)
         return [Denial(elements, place, f"costs more in every term of the {words}", before, after)]
     return [Denial(elements, place, reason)]
+
+
+def _denied_upsampling(planner: Planner, junction: Junction, first: Element) -> list[Denial]:
+    """Why a filter behind a concatenation does not run on the smaller maps of terms that are upsampled."""
+    found = []
+    for term in junction.terms:
+        if term and (reason := not_filter(term[-1])) is not None:
+            elements = (term[-1], first)
+            found.append(Denial(elements, place_of(planner.evidence, elements) or Place(0, (1,)), reason))
+    return found
 
 
 def _is_operator(element: Element) -> bool:

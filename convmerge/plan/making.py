@@ -10,16 +10,19 @@ import torch
 from convmerge.affine import Geometry
 from convmerge.cost.model import Cost, CostModel, Objective
 from convmerge.edit.edits import Run
+from convmerge.edit.lower import resized_of
 from convmerge.emit import Emission, emissions, flattened, swapped
 from convmerge.emit.parallel import Branch, Parallel
+from convmerge.emit.sized import Sized, check_edge
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence
 from convmerge.plan.blockwise import FREE_MACS, in_order, order_cost, relaid
 from convmerge.plan.bordered import border_option
+from convmerge.plan.costs import edge_cost
 from convmerge.plan.dtypes import check_dtypes
 from convmerge.plan.homes import Geometries, at_home, homes, passages_cost, with_gaps
 from convmerge.plan.site import Site, before_join, check_place, is_same, run_geometries, runs_of
-from convmerge.recognise import Filter
+from convmerge.recognise import Filter, Resized
 from convmerge.regions.blocks import Patterns, blocks_of, has_structure, moves_channels
 from convmerge.regions.elements import Chain, Element, Leaf, Share, calls_of
 from convmerge.regions.fold import Place, after, cover_geometry, covers_map, fold_geometry
@@ -51,6 +54,8 @@ class Maker:
     def site(self, elements: Chain, place: Place, before: Cost) -> Site:
         """The elements as one operator, or as independent blocks. Raises Refusal."""
         check_dtypes(self.evidence, elements)
+        if (resized := resized_of(Run(elements))) is not None:
+            return self._sized(elements, resized[1], place, before)
         whole = self._whole(elements, place, before)
         blocks = self.in_blocks(whole)
         if blocks is None or blocks.blocks is None:
@@ -156,12 +161,32 @@ class Maker:
         assert kept is not None
         cost = cost + passages_cost(self.model, self.evidence, elements, kept, geometry)
         rest = [part for index, part in enumerate(parts) if index != home and part is not None]
-        emptied = [part for part in rest if calls_of(part.elements)]
-        if moved := tuple(e.of for e in elements if isinstance(e, Share) and e.constant):
-            emptied.append(Run(moved))
-        return Site(
-            elements, place, kept, tuple(emptied), home_place, geometry, emission, before, cost, spare=spare
-        )
+        emptied = (*(part for part in rest if calls_of(part.elements)), *self._moved(elements))
+        return Site(elements, place, kept, emptied, home_place, geometry, emission, before, cost, spare=spare)
+
+    def _sized(self, elements: Chain, resized: Resized, place: Place, before: Cost) -> Site:
+        """Nearest upsampling to a given size and what follows it, as one layer. Raises Refusal."""
+        behind = after(place, resized.geometry)
+        outer = fold_geometry(elements[1:], behind)
+        if outer.pointwise:
+            raise Refusal("what acts on channels alone moves in front of the upsampling")
+        if resized.short:
+            check_edge(outer)
+        home = before_join(Run(elements))
+        if home is None or len(runs_of(elements)) > 1:
+            raise Refusal("a relayout or a resampling stands between two filters with spatial extent")
+        geometry = fold_geometry(elements, place)
+        check_place(geometry, place)
+        dtype = self.evidence.dtype(elements[0].source)
+        main, cost = self.cheapest(emissions(geometry), place, dtype, before)
+        sized = Sized(main, resized.geometry.up, outer if resized.short else None)
+        cost = cost + edge_cost(self.model, sized, behind, dtype)
+        return Site(elements, place, home, self._moved(elements), place, geometry, sized, before, cost)
+
+    def _moved(self, elements: Chain) -> tuple[Run, ...]:
+        """The operators behind a join whose calls a term takes over."""
+        moved = tuple(e.of for e in elements if isinstance(e, Share) and e.constant)
+        return (Run(moved),) if moved else ()
 
     def ways(self, elements: Chain, geometry: Geometry) -> tuple[Emission, ...]:
         """Every way to build the elements as one form of ``geometry``. Raises Refusal."""
@@ -171,6 +196,8 @@ class Maker:
     def bordered(self, elements: Chain, place: Place, before: Cost) -> Site | None:
         """The elements with a kernel for each border class; None where that is no option. Raises Refusal."""
         check_dtypes(self.evidence, elements)
+        if resized_of(Run(elements)) is not None:
+            return None
         dtype = self.evidence.dtype(elements[0].source)
         option = border_option(elements, place, before, dtype, self.model)
         if option is None:

@@ -22,6 +22,7 @@ from convmerge.plan.branches import Inside, joining_cost, plan_inside
 from convmerge.plan.costs import LeafCosts
 from convmerge.plan.denials import denials
 from convmerge.plan.dtypes import widens
+from convmerge.plan.homes import as_filter
 from convmerge.plan.making import Maker
 from convmerge.plan.site import ChainPlan, Part, Site, ends_of, is_filler, is_passage, is_same
 from convmerge.plan.table import Table
@@ -90,10 +91,17 @@ class Planner:
         """The best plan of every beginning of a chain."""
         table = Table(len(chain), self.objective)
         for first in range(len(chain)):
-            for part in self._parts_from(chain, first):
+            for part in (*self._sized_parts(chain, first), *self._parts_from(chain, first)):
                 # Identities in front belong to the site: a module that begins so is then replaced whole.
                 table.offer(part, split=first > 0 and is_same(chain[first - 1]))
         return table
+
+    def _sized_parts(self, chain: Chain, first: int) -> list[Part]:
+        """Segments that begin with nearest upsampling to a given size, taken for a filter."""
+        if (resized := as_filter(chain[first])) is None:
+            return []
+        filtered = (*chain[:first], resized, *chain[first + 1 :])
+        return [part for part in self._parts_from(filtered, first) if part.site is not None]
 
     def _parts_from(self, chain: Chain, first: int) -> list[Part]:
         """Every segment that begins at ``first`` and can be one operator, or one element left as it is."""

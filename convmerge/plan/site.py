@@ -15,6 +15,7 @@ from convmerge.cost.model import Cost
 from convmerge.edit.edits import Run
 from convmerge.emit import Emission
 from convmerge.emit.parallel import Parallel
+from convmerge.emit.sized import Sized
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence
 from convmerge.recognise import Passage, Same
@@ -51,7 +52,7 @@ class Site:
     emptied: tuple[Run, ...]
     home_place: Place
     geometry: Geometry
-    emission: Emission | Bordered | Parallel
+    emission: Emission | Bordered | Parallel | Sized
     before: Cost
     after: Cost
     joint: Join | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +19,7 @@ from convmerge.recognise.border import border_fill
 from convmerge.recognise.flattened import after_flatten
 from convmerge.recognise.generated import depends, refuse_generated
 from convmerge.recognise.stacked import sum_of_stack
-from convmerge.recognise.steps import Context, Filter, Passage, Step, recognises
+from convmerge.recognise.steps import Context, Filter, Passage, Resized, Step, recognises
 
 
 def _dims(value: object, n: int) -> Dims:
@@ -249,17 +250,32 @@ def upsample_nearest(context: Context, call: Call) -> Step | None:
     axis = len(context.shape(source)) - n - 1
     scales = call.args.get("scale_factors")
     copies = _copies_exactly if "exact" not in call.op else float.is_integer
-    if not scales or not all(s >= 1 and copies(float(s)) for s in scales):
-        return Passage(source, {axis: axis}, "interpolate")
-    up = tuple(int(s) for s in scales)
-    channels, one = context.shape(source)[axis], (1,) * n
+    passage = Passage(source, {axis: axis}, "interpolate")
+    if scales:
+        whole = all(s >= 1 and copies(float(s)) for s in scales)
+        return Filter(**_nearest(context, source, axis, [int(s) for s in scales])) if whole else passage
+    if math.prod(context.shape(call.node)) <= math.prod(context.shape(source)):
+        return passage
+    ratio = context.evidence.ratios.get(call.node)
+    if ratio is None or (ratio.refusal is None and not all(copies(float(u)) for u in ratio.up)):
+        return passage
+    if ratio.refusal is not None:
+        return replace(passage, refusal=ratio.refusal)
+    return replace(passage, filter=Resized(**_nearest(context, source, axis, ratio.up), short=ratio.short))
+
+
+def _nearest(context: Context, source: Node, axis: int, up: Sequence[int]) -> dict[str, Any]:
+    """What a filter is that repeats every input ``up`` times."""
+    up = tuple(up)
+    channels, one = context.shape(source)[axis], (1,) * len(up)
     pad = tuple(u - 1 for u in up)
     geometry = Geometry(channels, channels, channels, up, up, one, one, pad, pad)
 
     def numbers() -> Affine:
         return Affine(geometry, torch.ones(channels, 1, *up, dtype=torch.float64))
 
-    return Filter(source, axis, geometry, numbers, f"nearest ×{'×'.join(map(str, up))}")
+    kind = f"nearest ×{'×'.join(map(str, up))}"
+    return {"source": source, "axis": axis, "geometry": geometry, "numbers": numbers, "kind": kind}
 
 
 def _copies_exactly(factor: float) -> bool:

@@ -59,6 +59,17 @@ class BorderFill(Filter):
 
 
 @dataclass(frozen=True, eq=False)
+class Resized(Filter):
+    """Nearest upsampling to a given size, where that is ``geometry.up`` times the input's.
+
+    Attributes:
+        short: whether the size can also be one less.
+    """
+
+    short: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Scalar:
     """target = factor * source + offset with plain numbers: the same on whatever axis its neighbours use."""
 
@@ -102,11 +113,17 @@ class Passage:
     Relayouts, average and adaptive pooling, mean over space, interpolation, non-zero padding modes: any
     pointwise form with the channels on ``axis`` before it equals the same form with the channels on
     ``axis_map[axis]`` after it.
+
+    Attributes:
+        filter: the same as a filter, which holds at some sizes only and has to check them.
+        refusal: why it is no such filter.
     """
 
     source: Node
     axis_map: dict[int, int]
     kind: str
+    filter: Resized | None = None
+    refusal: str | None = None
 
 
 Step = Filter | Scalar | Sum | Concat | Same | Passage

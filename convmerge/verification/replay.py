@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +15,12 @@ from torch.fx.node import Node
 
 from convmerge.affine import Affine
 from convmerge.borders.classes import Bordered
+from convmerge.emit.sized import Sized
 from convmerge.evidence.capture import Evidence
 from convmerge.evidence.constants import Constants, run_call
 from convmerge.plan import Site
 from convmerge.plan.bordered import border_canvases
-from convmerge.recognise import BorderFill, Filter, Passage, Same, Scalar
+from convmerge.recognise import BorderFill, Filter, Passage, Resized, Same, Scalar
 from convmerge.regions.elements import Block, Element, Leaf, Share, Via, calls_of, leaves
 from convmerge.regions.fold import Place, geometry_of, numbers_of, place_of, size_multiple
 
@@ -46,7 +48,7 @@ class Replay:
         """The calls as they were captured."""
         return self._walk(self._site.elements, x.clone())
 
-    def merged(self, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def merged(self, layer: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         """The site with ``layer`` at home and nothing in place of the other merged parts."""
         gone = {id(e) for run in self._site.emptied for e in run.elements}
         home = {id(e) for e in self._site.home.elements}
@@ -55,7 +57,8 @@ class Replay:
             value, done = x, False
             for element in self._site.elements:
                 if id(element) in home:
-                    value, done = (value if done else layer(value)), True
+                    given = self._given(value) if isinstance(self._site.emission, Sized) else ()
+                    value, done = (value if done else layer(value, *given)), True
                 elif id(element) not in gone and not isinstance(element, Via | Share):
                     value = self._walk([element], value)
             return value
@@ -91,6 +94,9 @@ class Replay:
         if isinstance(self._site.emission, Bordered):
             canvases = border_canvases(self._site.emission, size_multiple(self._site.elements))
             return [(*lead, place.channels, *size) for size in canvases]
+        if isinstance(self._site.emission, Sized):
+            sizes = itertools.product((1, 2, 4, 7), repeat=g.spatial)
+            return [(*lead, place.channels, *size) for size in sizes]
         if len(place.size) != g.spatial:
             return [(*lead, *place.shape[place.axis :])]
         least = self._reflected() + 1
@@ -122,8 +128,23 @@ class Replay:
             return self._share(element, x)
         if isinstance(element, Leaf) and element.implied:
             return x * element.step.factor if isinstance(element.step, Scalar) else x
+        if isinstance(element, Leaf) and isinstance(element.step, Resized):
+            return self._resized(element, x)
         calls = sorted(calls_of([element]), key=lambda node: self._evidence.calls[node].index)
         return self._run(calls, {element.source: x})[element.target]
+
+    def _resized(self, leaf: Leaf, x: Tensor) -> Tensor:
+        """Upsampling to a given size with another size than the example's."""
+        y: Tensor = leaf.node.target(x, self._given(x), None)  # type: ignore[operator]
+        return y
+
+    def _given(self, x: Tensor) -> list[int]:
+        """A size to upsample x to: with odd ones, where these are possible, for some sizes of x."""
+        first = self._site.elements[0]
+        assert isinstance(first, Leaf) and isinstance(first.step, Resized)
+        up = first.step.geometry.up
+        sizes = enumerate(zip(x.shape[-len(up) :], up, strict=True))
+        return [n * u - (first.step.short and (n // 2 + dim) % 2) for dim, (n, u) in sizes]
 
     def _share(self, share: Share, x: Tensor) -> Tensor:
         """What the operator makes of this term where the others are zero."""
@@ -172,6 +193,8 @@ class Replay:
             return functools.reduce(torch.add, branches)  # on small maps some may broadcast
         if isinstance(element.step, Same):
             return x
+        if isinstance(element.step, Resized):
+            return self._resized(element, x)
         if isinstance(element.step, Passage):
             y = self._run([element.node], {element.source: x})[element.node].abs()
             if "bicubic" not in self._evidence.calls[element.node].op:
