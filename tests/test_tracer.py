@@ -175,6 +175,35 @@ def test_arguments_that_forward_does_not_name(options: dict[str, Any]) -> None:
             block(x, mask=None, other=1, **options)
 
 
+class Masked(nn.Module):
+    """Hands a mask on, or looks at it, or takes no notice of what is no tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers, self.kind = nn.ModuleDict(projections()), kind
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:-1], 3, 2).transpose(1, 2) for layer in self.layers.values())
+        if self.kind == "looks" and mask is not None:
+            mask = mask * 2
+        if self.kind == "asks" and not isinstance(mask, Tensor):
+            mask = None
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2).relu()
+
+
+@pytest.mark.parametrize("kind", ["hands on", "looks", "asks"])
+def test_an_argument_that_was_none(kind: str) -> None:
+    model, x = randomised(Masked(kind)), random(*TOKENS)
+    mask = random(5, 5, seed=1)
+    for traced in ((result := fused(model, x)).model, again(result.model)):
+        assert models.operators(traced, x)["linear"] == 1, reasons(result)
+        if kind == "hands on":
+            assert_close(traced(x, mask), model(x, mask))
+        else:
+            with pytest.raises(AssertionError, match="mask"):
+                traced(x, mask)
+
+
 class Shifted(Caller):
     def forward(self, x: Tensor) -> Tensor:
         y, _ = self.block(x, mask=None, shift=x.mean((1, 2))[:, None, None, None], **self.options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,28 +30,48 @@ WAYS = 32
 def trace_all_ways(module: nn.Module, signature: Signature, opened: frozenset[str]) -> fx.Graph:
     """The graph of a module as it was called, the same on every way that sizes can lead through its code.
 
-    Raises TraceError where there is no such graph, and whatever the code raises on symbolic values.
+    Arguments that were None can be anything where the code hands them on all the same, and are asserted to
+    be None elsewhere. Raises TraceError where there is no such graph, and whatever the code raises on
+    symbolic values.
     """
-    first = _Tracer(module, signature, opened, ())
-    graph = first.run()
-    known = _written(graph, first.answers)
-    pending = first.others()
+    found = _on_all_ways(module, signature, opened, frozenset())
+    for name in [name for name, value in arguments(module, signature).items() if value is None]:
+        free = found.free | {name}
+        try:
+            wider = _on_all_ways(module, signature, opened, free)
+        except Exception:  # code can do anything with what is not None
+            continue
+        used = any(node.users for node in wider.graph.find_nodes(op="placeholder") if node.target == name)
+        if used and _written(wider, free) == _written(found, free):
+            found = wider
+    graph = found.graph
+    for node in reversed(graph.nodes):
+        silent = _is_arithmetic(node) or _reads_rank(node) or _reads_shape(node)
+        if node in found.looks and silent and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def _on_all_ways(
+    module: nn.Module, signature: Signature, opened: frozenset[str], free: frozenset[str]
+) -> _Tracer:
+    """A tracer that has run; the arguments ``free`` are not fixed to None."""
+    first = _Tracer(module, signature, opened, free)
+    first.run()
+    known, pending = _written(first, free), first.others()
     for tried in range(WAYS):
         if not pending:
             break
-        tracer = _Tracer(module, signature, opened, pending.pop())
+        tracer = _Tracer(module, signature, opened, free, pending.pop())
         try:
-            same = _written(tracer.run(), tracer.answers) == known
+            tracer.run()
+            same = _written(tracer, free) == known
         except Exception:  # what code on the other way does with symbolic values can raise anything
             same = False
         if not same or tried == WAYS - 1:
             raise TraceError("it goes another way at other sizes")
         pending += tracer.others()
-    for node in reversed(graph.nodes):
-        silent = _is_arithmetic(node) or _reads_rank(node) or _reads_shape(node)
-        if node in first.looks and silent and not node.users:
-            graph.erase_node(node)
-    return graph
+    return first
 
 
 def arguments(module: nn.Module, signature: Signature) -> dict[str, Any]:
@@ -72,15 +92,19 @@ def arguments(module: nn.Module, signature: Signature) -> dict[str, Any]:
     return found
 
 
-def _written(graph: fx.Graph, answers: Mapping[Node, bool]) -> list[object]:
+def _written(tracer: _Tracer, absent: frozenset[str]) -> list[object]:
     """What is computed for the result, and asserted, in a form that can be compared.
 
-    A condition is what it was answered to be.
+    A condition is what it was answered to be, and the arguments ``absent`` are None.
     """
+    graph = tracer.graph
+    answers: dict[Node, bool | None] = dict(tracer.answers)
+    answers.update((n, None) for n in graph.find_nodes(op="placeholder") if n.target in absent)
     live: set[Node] = set()
     for node in reversed(graph.nodes):
-        kept = node.op in ("placeholder", "output") or node.target in (torch._assert, _assert_is_none)
-        if kept or node in live:
+        kept = node.op in ("placeholder", "output") or node.target is torch._assert
+        kept = kept or (node.target is _assert_is_none and node.args[0] not in answers)
+        if (kept and node not in answers) or node in live:
             live.update((node, *(n for n in node.all_input_nodes if n not in answers)))
     nodes = [node for node in graph.nodes if node in live]
     index = {node: position for position, node in enumerate(nodes)}
@@ -113,15 +137,28 @@ class _Attribute(_Sized, fx.proxy.Attribute):
 
 
 class _Tracer(fx.Tracer):
-    """Traces a module once. ``ways``: the answers to the first questions about sizes; then they are true."""
+    """Traces a module once.
+
+    Attributes:
+        free: arguments that were None and are traced as if they were not.
+        ways: the answers to the first questions about sizes; those to later ones are true.
+        answers: what every question was answered.
+        looks: what was computed for them.
+    """
 
     def __init__(
-        self, module: nn.Module, signature: Signature, opened: frozenset[str], ways: tuple[bool, ...]
+        self,
+        module: nn.Module,
+        signature: Signature,
+        opened: frozenset[str],
+        free: frozenset[str],
+        ways: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
         self._module = module
         self._signature = signature
         self._opened = opened
+        self.free = free
         self._ways = ways
         self._given: list[bool] = []
         self.answers: dict[Node, bool] = {}
@@ -132,19 +169,20 @@ class _Tracer(fx.Tracer):
         self._inputs = arguments(module, signature)
         self.looks: set[Node] = set()
 
-    def run(self) -> fx.Graph:
+    def run(self) -> None:
+        """Make the graph, whose placeholders are then named as the arguments."""
         with quiet(), unmarked(self._module):
-            graph = self.trace(self._module, concrete_args=self._fixed() or None)
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+            self.trace(self._module, concrete_args=self._fixed() or None)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         for node, name in zip(placeholders, self._inputs, strict=True):
             node.target = name  # tracing with fixed arguments renames them, which keyword callers would miss
-        return graph
 
     def _fixed(self) -> dict[str, Any]:
         """Arguments that code can decide by, with their values: what was left out, and what is no number."""
         given = inspect.signature(self._module.forward).bind(*self._signature.args, **self._signature.kwargs)
         absent = {k: v for k, v in plain_defaults(self._module).items() if k not in given.arguments}
-        return absent | {k: v for k, v in self._inputs.items() if isinstance(v, bool | str | None)}
+        fixed = absent | {k: v for k, v in self._inputs.items() if isinstance(v, bool | str | None)}
+        return {name: value for name, value in fixed.items() if name not in self.free}
 
     def others(self) -> list[tuple[bool, ...]]:
         """The beginnings of the ways that this one turned off from."""
