@@ -30,7 +30,7 @@ JOINTLY = MOVES | {
     *("sum", "mean", "cumsum", "add", "sub", "rsub", "neg", "diff", "tril", "triu", "diagonal", "dropout"),
     *("real", "imag", "conj", "_conj", "resolve_conj", "resolve_neg", "complex"),
     *("view_as_real", "view_as_complex", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft"),
-    *("constant_pad_nd", "pad", "lift_fresh_copy"),
+    *("constant_pad_nd", "pad", "lift_fresh_copy", "zeros_like", "new_zeros"),
 }
 CASTS = frozenset(["to", "_to_copy", "float", "double", "half"])
 # Linear in one operand if all others are constant; a quotient in its numerator.
