@@ -258,6 +258,10 @@ def test_a_bad_target_is_told_before_the_work(run: Run, chain: Path, monkeypatch
         ("verify", "a.pt"),
         ("inspect", "a.pt", "--objective", "speed"),
         ("inspect", "a.pt", "--seed", "x"),
+        ("inspect", "a.pt", "--seed", "-1"),
+        ("inspect", "a.pt", "--seed", str(10**30)),
+        ("inspect", "a.pt", "--model-args", "{}"),
+        ("inspect", "a.pt", "--format", "pdf"),
         ("fuse", "a.pt"),
         ("fuse", "a.pt", "-o"),
         ("inspect", "a.pt", "--input"),
@@ -267,7 +271,9 @@ def test_usage_errors(run: Run, words: tuple[str, ...]) -> None:
     result = run(*words)
     assert (result.code, result.out) == (2, "")
     error, hint = result.err.splitlines()
-    assert error.startswith("error: ") and hint.startswith("hint: ")
+    assert error.startswith("error: ") and hint.startswith("hint: ") and "Value error" not in error
+    if words[0] == "inspect" and "see " in hint:
+        assert hint == "hint: see convmerge inspect --help"
 
 
 @pytest.mark.parametrize(
@@ -477,6 +483,45 @@ def test_models_that_print_do_not_spoil_the_output(
     assert json.loads(verbose.out)["command"] == "inspect" and "called" in verbose.err
 
 
+MEDDLING = """
+import os, sys, torch
+from torch import nn
+
+class Meddling(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.conv = what, nn.Conv2d(3, 5, 1)
+
+    def forward(self, x):
+        exec(self.what)
+        return self.conv(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("os.write(1, b'among'); os.system('echo the results'); print('or on', file=sys.stderr)", 0, ""),
+        ("input('name? ')", 2, "EOF"),
+        ("sys.exit(3)", 2, "ended the program"),
+        ("raise BaseException('odd')", 2, "raised BaseException: odd"),
+        ("torch.empty(10**15)", 2, "out of memory"),
+    ],
+)
+def test_models_that_meddle(tmp_path: Path, what: str, code: int, said: str) -> None:
+    (tmp_path / "meddling.py").write_text(MEDDLING)
+    make = "import meddling, sys, torch; torch.save(meddling.Meddling(sys.argv[1]).eval(), 'm.pt')"
+    subprocess.run([sys.executable, "-c", make, what], cwd=tmp_path, check=True, timeout=60)
+    words = ["-m", "convmerge", "inspect", "m.pt", "--trust", "--input", "1,3,7,11", "--json"]
+    result = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, input="read me"
+    )
+    assert result.returncode == code and json.loads(result.stdout)["schema"] == 1
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    assert (lines == []) if code == 0 else (said in lines[0] and lines[1].startswith("hint: "))
+    assert len(lines) <= 2
+
+
 # ---- streams --------------------------------------------------------------------------------------------
 
 
@@ -506,7 +551,7 @@ def planned(name, *_, **__):
     return Report(name, "×→.pt", sites=(site,), warnings=("×→",))
 
 commands._planned = planned
-sys.exit(main.main(sys.argv[1:]))
+sys.exit(main.main())
 """
 
 
@@ -585,18 +630,60 @@ def test_a_full_disk_behind_stdout_is_an_error() -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
     assert result.returncode == 2
-    assert result.stderr.decode().splitlines()[-1] == "error: No space left on device"
+    error, hint = result.stderr.decode().splitlines()[-2:]
+    assert error == "error: No space left on device" and hint.startswith("hint: ")
 
 
-def test_ctrl_c_ends_quietly() -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_quietly(sent: signal.Signals, code: int) -> None:
     with subprocess.Popen(
         canned("check", "a.pt"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"running\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+    assert (process.returncode, out, err.strip()) == (code, b"", b"")
+
+
+# fuse that waits while it compares what it wrote with what it fused.
+WAITING = """
+import sys, time
+from convmerge.cli import commands, main
+
+def wait(*_):
+    print("written", file=sys.__stderr__, flush=True)
+    time.sleep(60)
+
+commands._same_as = lambda *_: wait
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_no_temporary_file(chain: Path, sent: signal.Signals, code: int) -> None:
+    words = ["fuse", str(chain), "-o", str(chain.with_name("out.pt")), *SMALL]
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, *words], stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"written\n"
+        assert len(list(chain.parent.iterdir())) == 2, "the temporary file"
+        process.send_signal(sent)
+        assert process.wait(timeout=60) == code
+    assert [path.name for path in chain.parent.iterdir()] == ["chain.pt"]
+
+
+def test_a_reader_of_the_help_that_leaves_is_no_error() -> None:
+    script = "import sys; from convmerge.cli.main import main; sys.stdin.read(); sys.exit(main(['--help']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
 
 
 class FakeTerminal(io.StringIO):

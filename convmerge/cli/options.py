@@ -17,6 +17,8 @@ from convmerge.cli.terminal import Format, Terminal
 from convmerge.errors import ConvmergeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from convmerge.inputs import Inputs
     from convmerge.io import ModelFile
 
@@ -79,7 +81,13 @@ class Source:
     model_args: Annotated[
         str | None, Option(metavar="JSON", help="Keyword arguments of that function, as a JSON object.")
     ] = None
-    seed: Annotated[int, Option(metavar="N", help="Seed of random inputs.")] = 0
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, metavar="N", help="Seed of random inputs.")] = 0
+
+    def __post_init__(self) -> None:
+        if self.model_args is not None and self.model is None:
+            raise ConvmergeError(
+                "--model-args without --model", "add --model PKG.MOD:FUNC, what they are for"
+            )
 
     def open(self, path: Path) -> ModelFile:
         """Load a model file. Raises ConvmergeError."""
@@ -93,6 +101,7 @@ class Source:
             allow=tuple(self.allow or ()),
             factory=self.model if weights_alone else None,
             factory_args=self.model_args,
+            inputs=self._asked_for,
         )
 
     def bound(self) -> dict[str, Any]:
@@ -103,11 +112,13 @@ class Source:
 
     def example_inputs(self, opened: ModelFile) -> Inputs:
         """The inputs asked for, those the file holds, or guessed. Raises ConvmergeError."""
-        from convmerge.inputs import infer_bound, parse_inputs
-
-        model = opened.module
         if opened.inputs is not None and not self.input and not self.inputs:
             return opened.inputs
+        return self._asked_for(opened.module)
+
+    def _asked_for(self, model: nn.Module) -> Inputs:
+        from convmerge.inputs import infer_bound, parse_inputs
+
         bound = self.bound()
         if bound and not self.input and not self.inputs:
             return infer_bound(model, bound, self.seed)

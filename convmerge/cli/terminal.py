@@ -115,12 +115,13 @@ class Terminal:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Progress]:
-        """Keep libraries and the model's own code from printing among the results.
+        """Keep libraries and the model's own code from printing among the results, and from reading.
 
         Yields what feeds a progress bar, which appears on a terminal after a second and leaves no trace.
         """
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(_progress(visible=not self.quiet))
+            stack.enter_context(_apart(2 if self.verbose else None))
             if self.verbose:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             else:
@@ -129,12 +130,33 @@ class Terminal:
 
 
 @contextlib.contextmanager
+def _apart(output: int | None) -> Iterator[None]:
+    """Nothing to read on standard input, and ``output`` or nothing for standard output.
+
+    This is for the descriptors: C code and other processes know nothing of sys.stdout.
+    """
+    with open(os.devnull, "r+b", buffering=0) as null, contextlib.ExitStack() as stack:
+        for descriptor, instead in ((0, null.fileno()), (1, null.fileno() if output is None else output)):
+            with contextlib.suppress(OSError):  # it was closed from the start
+                kept = os.dup(descriptor)
+                stack.callback(os.close, kept)
+                stack.callback(os.dup2, kept, descriptor)
+                os.dup2(instead, descriptor)
+        yield
+
+
+@contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """No prints, warnings and log messages."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), warnings.catch_warnings():
+        with (
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
