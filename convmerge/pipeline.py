@@ -60,7 +60,9 @@ class Options:
         found: list[tuple[str, Pass]] = [("bind", bind_pass(self.bind))] if self.bind else []
         if self.fully_conv:
             found.append(("fully-conv", partial(fully_convolutional, average=self.average)))
-        found.append(("prune", partial(remove_silenced, only=self.only, skip=self.skip)))
+        found.append(
+            ("prune", partial(remove_silenced, only=self.only, skip=self.skip, objective=self.objective))
+        )
         copies = partial(remove_duplicates, only=self.only, skip=self.skip, objective=self.objective)
         found.append(("duplicates", copies))
         kernels = partial(

@@ -161,7 +161,7 @@ def test_a_constant_pad_before_a_conv(value: float) -> None:
 
 @pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 2, 1, 0)])
 def test_a_pad_with_another_number_than_zero_merges_with_what_is_around_it(pads: tuple[int, ...]) -> None:
-    """conv(pad_c(x)) = conv(pad_0(x)) and c times the taps on the padding, which a channel of ones carries."""
+    """conv(pad_c(x)) = conv(pad_0(x)) and c times the taps on the padding: a channel of ones carries it."""
     layers = nn.Conv2d(6, 31, 1), nn.ConstantPad2d(pads, -0.7), nn.Conv2d(31, 5, 3), nn.BatchNorm2d(5)
     result = checked(random_model(nn.Sequential(*layers).eval(), X), X)
     assert_merged(result, X, conv=1, batch_norm=0, pad=len(set(pads[:2])))  # one more where sides differ

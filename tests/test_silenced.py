@@ -293,6 +293,26 @@ def test_shuffled_channels_go_in_every_group() -> None:
     assert removed(model, X).model[0].out_channels == 4
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_too_few_channels_to_be_faster_stay_for_latency_alone(masked: bool) -> None:
+    """63 of 64 channels fill no fewer blocks, and take longer to lay out."""
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    x = torch.randn(1, 3, 58, 58)
+    if masked:
+        prune.ln_structured(conv, "weight", 1, 2, 0)
+        conv.bias.data.zero_()
+    else:
+        silence(conv, 3, bias=0.0)
+    fused = {o: convmerge.fuse(model, x, objective=o) for o in ("latency", "macs", "params")}
+    assert [result.model[2].out_channels for result in fused.values()] == [64, 63, 63]
+    kept = [s for s in fused["latency"].report.sites if s.action == "keep"]
+    assert [s.place for s in kept] == ["2", "4"] and "too few channels" in kept[0].reason
+    assert not hasattr(fused["latency"].model[2], "weight_mask")
+    silence(model[0], *range(32), bias=0.0)
+    assert convmerge.fuse(model, x).model[2].out_channels == 63
+
+
 @pytest.mark.parametrize("way", ["view", "sizes", "flatten", "back", "fewer"])
 def test_shuffles_written_as_views(way: str) -> None:
     """Channels at equal places of the groups go, whatever numbers they emit."""

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx.node import Node
 from torch.nn.utils import parametrize
 
+from convmerge.cost.model import Objective
 from convmerge.emit.build import round_once
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import capture, plain_defaults
@@ -31,7 +32,7 @@ from convmerge.passes.channels.liveness import Liveness, facts, weight_of
 from convmerge.passes.channels.rows import SILENCED, rows
 from convmerge.passes.channels.shrink import shrink
 from convmerge.passes.edits import shallow_copy
-from convmerge.report import SiteReport
+from convmerge.report import SiteReport, saving_of
 from convmerge.verification.compare import compare
 
 
@@ -42,6 +43,7 @@ def remove_silenced(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     why: str = SILENCED,
+    objective: Objective = "macs",
 ) -> Prepared:
     """A model without its silenced channels, with the masks of pruning made part of the weights.
 
@@ -51,6 +53,8 @@ def remove_silenced(
         model: in eval mode; not changed.
         only, skip: globs on module paths; other layers, or these, keep their size.
         why: what the channels that go were, for the report.
+        objective: for ``latency`` all channels stay where the layers without them are predicted to be slower
+            together: numbers of channels that do not fill the kernels' blocks are.
 
     Raises ConvmergeError where the model cannot be captured.
     """
@@ -70,6 +74,10 @@ def remove_silenced(
             )
             return Prepared(model, inputs, (site,))
         sites = rows(removal.live, removal.folded, static=static, why=why)
+        saving = saving_of(sites)
+        if objective == "latency" and saving and saving.latency_before < saving.latency_after:
+            removal = removal.of_masks(owners)
+            sites = rows(removal.live, removal.folded, static=static, why=why, stay=True)
         if not removal.edits.values:
             return Prepared(model, inputs, sites)
         if evidence.eager:
@@ -151,6 +159,11 @@ class _Removal:
         live.run()
         edits = shrink(live, owners)
         return _Removal(alignment, live, edits, fold_masks(alignment, owners, edits))
+
+    def of_masks(self, owners: Owners) -> _Removal:
+        """Masks become part of the weights, and every channel stays."""
+        edits = Edits()
+        return dataclasses.replace(self, edits=edits, folded=fold_masks(self.alignment, owners, edits))
 
 
 def fold_masks(alignment: Alignment, owners: Owners, edits: Edits) -> set[str]:

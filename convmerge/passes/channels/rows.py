@@ -19,18 +19,23 @@ from convmerge.report import SiteReport
 from convmerge.sites import describe_geometry
 
 SCATTERED = "its mask becomes part of the weight; the zeros are scattered, so no channel can go"
+FIGURES = ("macs", "weights", "latency")
 LAYERS = frozenset({"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))})
 SILENCED = "that were silenced"
 FOLDED = "its mask becomes part of the weight"
+TOO_FEW = "too few channels for the model to be faster"
 
 
-def rows(live: Liveness, folded: set[str], *, static: bool, why: str = SILENCED) -> tuple[SiteReport, ...]:
+def rows(
+    live: Liveness, folded: set[str], *, static: bool, why: str = SILENCED, stay: bool = False
+) -> tuple[SiteReport, ...]:
     """A row for every layer that changes, and for every reason why silenced channels of a layer stay.
 
     Args:
         folded: paths of the layers whose masks become part of their weights.
         static: whether the calls of the model are the same on all inputs.
         why: what the channels that go were.
+        stay: the channels that could go stay all the same.
     """
     kind = "static" if static else "observed"
     found: list[SiteReport] = []
@@ -38,8 +43,21 @@ def rows(live: Liveness, folded: set[str], *, static: bool, why: str = SILENCED)
         if isinstance(step, Wall):
             found += _walled(live.alignment, step)
         if isinstance(step, Mix) or (isinstance(step, Lanes) and step.call.op.startswith("conv")):
-            found += _rows_of(live, step, step.call.path in folded, kind, why)
+            made = _rows_of(live, step, step.call.path in folded, kind, why)
+            found += _staying(made, step.call.path in folded) if stay else made
     return tuple(found)
+
+
+def _staying(made: Iterator[SiteReport], masked: bool) -> Iterator[SiteReport]:
+    """The rows of a layer that keeps its channels."""
+    for site in made:
+        if site.action != "merge" or site.reason in (FOLDED, SCATTERED):
+            yield site
+            continue
+        if masked:
+            unchanged = {f"{name}_after": getattr(site, f"{name}_before") for name in FIGURES}
+            yield replace(site, reason=FOLDED, **unchanged)
+        yield replace(site, action="keep", reason=f"{TOO_FEW}: {site.reason}")
 
 
 def _rows_of(
