@@ -145,7 +145,7 @@ LINEAR_MAPS: list[tuple[Callable[[Tensor], Tensor], int]] = [
     (rotated, 12),
     (twice, 15),
     (with_offsets, 12),
-    (lambda x: torch.cat([x @ M.t(), torch.zeros_like(x), x[..., :2] * 3], -1), 5),
+    (lambda x: torch.cat([x @ M.t(), torch.zeros_like(x)], -1), 5),
 ]
 
 
