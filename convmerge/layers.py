@@ -204,7 +204,8 @@ class _Style:
 def _style(decider: Decider, site: Site) -> _Style:
     """The data's dtype and device; gradients and channels-last layout if any of the parameters has them."""
     data = site.home.source.meta["val"]
-    pending = [leaf.node for leaf in leaves(site.elements) if isinstance(leaf.step, Filter)]
+    filters = [(leaf.node, leaf.step) for leaf in leaves(site.elements) if isinstance(leaf.step, Filter)]
+    pending = [node for last, step in filters for node in (last, *step.through)]
     weights: dict[Node, tuple[str, Tensor]] = {}
     seen: set[Node] = set()
     while pending:

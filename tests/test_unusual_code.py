@@ -175,6 +175,60 @@ def test_branches_that_broadcast_on_small_maps_are_no_internal_error() -> None:
     assert not any("Conv2d(6" in site.reason for site in report.merged())
 
 
+class Positions(nn.Module):
+    """A position embedding, sliced to the length of the sequence, between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(10, 24))
+        self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + self.embedding[: x.shape[1]])
+
+
+def test_sequences_are_compared_at_other_lengths() -> None:
+    """With one token in the example, its position looks like a bias of all."""
+    model = randomised(Positions())
+    result = convmerge.fuse(model, random(2, 1, 24))
+    assert not result.report.merged()
+    x = random(2, 3, 24)
+    assert_close(result.model(x), model(x))
+
+
+def test_a_batch_of_one_is_compared() -> None:
+    class Dropping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.squeeze(0)
+
+    verdict = convmerge.verify(Dropping(), nn.Identity(), random(*ROWS))
+    assert not verdict.equal and "on 1×" in verdict.reason
+
+
+def test_nobody_is_told_of_options_that_were_not_given() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(y - 0.5 * y.mean(1, keepdim=True))
+
+    model = randomised(Function(forward, a=nn.Linear(24, 24), b=nn.Linear(24, 5)))
+    report = convmerge.inspect(model, random(2, 1, 24))
+    assert report.sites and not any("--only" in site.reason for site in report.sites)
+
+
+def failing_at_odd_sizes(m: Any, x: Tensor) -> Tensor:
+    """What torch.fx traces at even sizes does not run at odd ones, where the original pads."""
+    y = m.up(m.down(x))
+    right, below = x.shape[3] - y.shape[3], x.shape[2] - y.shape[2]
+    return m.c(torch.cat([x, F.pad(y, [0, right, 0, below])], 1))
+
+
+def test_what_fails_in_verification_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    down, up = nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ConvTranspose2d(8, 6, 2, 2)
+    model = randomised(Function(failing_at_odd_sizes, down=down, up=up, c=nn.Conv2d(12, 5, 1)))
+    fused(model, random(2, 6, 14, 18))
+    assert capfd.readouterr().err == ""
+
+
 def test_complex_numbers_are_refused_for_what_they_are() -> None:
     model = Function(lambda m, x: torch.view_as_real(m.b(m.a(x))), a=nn.Linear(6, 8), b=nn.Linear(8, 5))
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from convmerge.cost.model import ZERO, Cost, CostModel
 from convmerge.emit.parallel import Parallel, run_of
 from convmerge.evidence.capture import Evidence
 from convmerge.plan.site import is_passage, run_geometries, runs_of
-from convmerge.recognise.channels import RESHAPES, VIEWS
+from convmerge.recognise.channels import RESHAPES, VIEWS, drops_ones
 from convmerge.regions.elements import Chain, Leaf
 from convmerge.regions.fold import Place, axes_along
 
@@ -88,8 +88,8 @@ def _through(
     shape = evidence.size(element.node)
     if call.op not in VIEWS or len(order) != len(evidence.size(element.source)):
         return None
-    if call.op == "squeeze" and "dim" not in call.args:
-        return None  # the axis of a batch of one goes as well
+    if drops_ones(call):
+        return None
     if call.op in RESHAPES:
         before = [(a, n) for a, n in zip(order, evidence.size(element.source), strict=True) if a is not None]
         kept = iter(before)

@@ -20,6 +20,8 @@ from convmerge.regions.fold import Place, place_of
 if TYPE_CHECKING:
     from convmerge.plan.planner import Planner
 
+NO_AXIS = "no operator says which axis the channels are on"
+
 
 def denials(planner: Planner, chain: Chain, parts: Sequence[Part]) -> list[Denial]:
     """Why neighbouring parts, and the branches of blocks that stay, are not one operator."""
@@ -94,7 +96,8 @@ def denial(planner: Planner, elements: Chain) -> Denial:
         words = border_words(elements, place, before, dtype, planner.cost_model)
         return Denial(elements, place, refusal.reason + words)
     if site is None:
-        return Denial(elements, place, "left out by --only or --skip")
+        left_out = not planner.allowed(elements)
+        return Denial(elements, place, "left out by --only or --skip" if left_out else NO_AXIS)
     if planner.pays(site):
         return Denial(elements, place, "another grouping is cheaper", before, site.after)
     if site.blocks is not None and site.after.latency >= before.latency:

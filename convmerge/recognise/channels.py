@@ -29,6 +29,11 @@ MOVES = VIEWS | PARTS | PICKS
 LONGEST = 8  # calls from a tensor to its channels in another order
 
 
+def drops_ones(call: Call) -> bool:
+    """Whether a call drops all axes of size one, so that the axis of a batch of one goes as well."""
+    return call.op == "squeeze" and "dim" not in call.args
+
+
 @recognises("getitem", "select", "narrow", "index_select", "flip", "roll")
 def moved_channels(context: Context, call: Call) -> Filter | Same | None:
     """The value as channels of a tensor that calls in a row lead back to; None where it is no such thing.
@@ -43,7 +48,7 @@ def moved_channels(context: Context, call: Call) -> Filter | Same | None:
                 if found is not None:
                     return found
         made = context.evidence.calls.get(source)
-        if made is None or made.op not in MOVES:
+        if made is None or made.op not in MOVES or drops_ones(made):
             break
         way.insert(0, source)
     return None

@@ -9,7 +9,7 @@ from torch.fx.node import Node
 
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Call, is_tensor
-from convmerge.recognise.channels import data_of, moved_channels
+from convmerge.recognise.channels import data_of, drops_ones, moved_channels
 from convmerge.recognise.filters import _padding
 from convmerge.recognise.products import blockwise
 from convmerge.recognise.stacked import flattened_stack
@@ -79,10 +79,11 @@ def reshape(context: Context, call: Call) -> Step | None:
     if before == after:
         kept = {axis: axis for axis in range(len(before))}  # where one of them has size one, it may go
         return Passage(source, kept, call.op) if call.op == "squeeze" else Same(source)
-    if (joined := flattened_stack(context, call)) is not None:
-        return joined
-    if (form := blockwise(context, call) or moved_channels(context, call)) is not None:
-        return form
+    if not drops_ones(call):
+        if (joined := flattened_stack(context, call)) is not None:
+            return joined
+        if (form := blockwise(context, call) or moved_channels(context, call)) is not None:
+            return form
     if math.prod(before) != math.prod(after):
         return None
     kept = {}

@@ -20,7 +20,7 @@ from torch.fx.node import Node
 from convmerge.affine import Affine, Geometry
 from convmerge.evidence.capture import Call, Evidence, is_tensor, nodes_of
 from convmerge.evidence.constants import run_call
-from convmerge.recognise.channels import MOVES
+from convmerge.recognise.channels import MOVES, drops_ones
 from convmerge.recognise.steps import Context, Filter
 
 ROWS = "rows"  # how the kind of such a step begins
@@ -94,7 +94,12 @@ def _real(node: Node) -> bool:
 def _sources(context: Context, node: Node, readers: frozenset[Node]) -> set[Node]:
     """The data of a call that is linear in it and that only ``readers`` read; empty for any other."""
     call = context.evidence.calls.get(node)
-    if call is None or call.mutates or (readers and not readers.issuperset(_readers(context, node))):
+    if (
+        call is None
+        or call.mutates
+        or drops_ones(call)
+        or (readers and not readers.issuperset(_readers(context, node)))
+    ):
         return set()
     data = [n for n in nodes_of((node.args, node.kwargs)) if not context.constant(n)]  # x * x has x twice
     if call.op in SINGLY:

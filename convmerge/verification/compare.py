@@ -48,11 +48,11 @@ MORE_SAMPLES = 3  # further inputs run in float64 where the usual two leave doub
 def compare(a: nn.Module, b: nn.Module, inputs: Inputs, *, seed: int = 0, more: bool = True) -> Verification:
     """Whether b computes what a does, up to rounding, in eval mode; neither model nor the inputs are changed.
 
-    With ``more`` they are also run on other values, on another spatial size and on a batch of three (of that
-    size, which is smaller), each only where a runs on it; then b must run too. Float64 runs, which are slow,
-    are spent on the given inputs and on the smallest; on the others a's error, relative to the scale of its
-    output, is taken to be the same. Where that makes a ratio suspicious, all are run in float64 as well, and
-    a few more.
+    With ``more`` they are also run on other values, on another spatial size or length, and on batches of
+    three and of one (of that size, which is smaller), each only where a runs on it; then b must run too.
+    Float64 runs, which are slow, are spent on the given inputs and on the smallest; on the others a's error,
+    relative to the scale of its output, is taken to be the same. Where that makes a ratio suspicious, all are
+    run in float64 as well, and a few more.
 
     Integer and boolean outputs must be equal, except where rounding decides (an argmax, a sort) in a as well.
     NaN and infinities must be in the same places, except where a overflows and is finite in float64.
@@ -175,7 +175,8 @@ def _run_all(pair: _Pair, inputs: Inputs, seed: int, more: bool) -> tuple[list[R
         cheap = sized.inputs if sized else inputs
         batched = _first_accepted(pair, variants.other_batches(cheap, generator))
         valued = None if batched else _first_accepted(pair, iter([variants.fresh(cheap, generator)]))
-        runs += [run for run in (sized, batched, valued) if run]
+        single = _first_accepted(pair, variants.one_sample(cheap, generator))
+        runs += [run for run in (sized, batched, valued, single) if run]
         accepted = {"other spatial sizes": sized, "another batch size": batched}
         refused = [name for name, run in accepted.items() if not run]
     return runs, refused

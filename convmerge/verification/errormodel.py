@@ -22,6 +22,7 @@ already) the truth is the original itself, and only the moved weights tell what 
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -128,7 +129,8 @@ def private(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def call(model: nn.Module, inputs: Inputs) -> Leaves:
     """The outputs on a copy of the inputs (a forward may write into them)."""
     inputs = inputs.clone()
-    with torch.no_grad():
+    unseen = contextlib.redirect_stderr(io.StringIO())  # where it fails, a traced module prints its code
+    with torch.no_grad(), unseen:
         return leaves(model(*inputs.args, **inputs.kwargs))
 
 

@@ -34,33 +34,62 @@ def fresh(inputs: Inputs, generator: torch.Generator) -> Inputs:
 
 
 def other_batches(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
-    """Three samples (two where three were given); nothing where no tensor has a leading dimension.
+    """Three samples (two where three were given); nothing where no tensor has a leading dimension."""
+    given = _batch(inputs)
+    if given is not None:
+        yield _of_batch(inputs, 2 if given == 3 else 3, generator)
 
-    The batch size is the first tensor's leading dimension; the tensors that share it are resized.
-    """
-    batched = [x for x in _tensors(inputs) if x.dim() > 0]
-    if not batched:
-        return
-    given = batched[0].shape[0]
-    size = 2 if given == 3 else 3
+
+def one_sample(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
+    """A batch of one, whose axis some code drops; nothing where one sample is given."""
+    if _batch(inputs) not in (None, 1):
+        yield _of_batch(inputs, 1, generator)
+
+
+def _batch(inputs: Inputs) -> int | None:
+    """The first tensor's leading dimension."""
+    return next((x.shape[0] for x in _tensors(inputs) if x.dim() > 0), None)
+
+
+def _of_batch(inputs: Inputs, size: int, generator: torch.Generator) -> Inputs:
+    """The tensors that share the batch size are resized."""
+    given = _batch(inputs)
 
     def shape(x: Tensor) -> tuple[int, ...]:
         return (size, *x.shape[1:]) if x.dim() and x.shape[0] == given else tuple(x.shape)
 
-    yield _map(inputs, lambda x: redrawn(x, shape(x), generator))
+    return _map(inputs, lambda x: redrawn(x, shape(x), generator))
 
 
 def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
     """Other spatial sizes, to be tried in turn, see ``SIDES``.
 
     Spatial are the dimensions after (batch, channels) of floating-point tensors of three to five dimensions.
+    Last come other lengths of sequences, see :func:`_other_lengths`.
     """
-    if not any(_is_map(x) for x in _tensors(inputs)):
+    if any(_is_map(x) for x in _tensors(inputs)):
+        for side in SIDES:
+            sized = _resize(inputs, side, generator)
+            if shapes(sized) != shapes(inputs):
+                yield sized
+    yield from _other_lengths(inputs, generator)
+
+
+def _other_lengths(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
+    """The second dimension of a first tensor of two or three, smaller or larger, wherever a tensor has it."""
+    first = next(iter(_tensors(inputs)), None)
+    if first is None or first.dim() not in (2, 3):
         return
-    for side in SIDES:
-        sized = _resize(inputs, side, generator)
-        if shapes(sized) != shapes(inputs):
-            yield sized
+    given = first.shape[1]
+    for length in dict.fromkeys([SIDES[0](given, 0), 2 * given + 1]):
+        if length == given:
+            continue
+
+        def resized(x: Tensor, length: int = length) -> Tensor:
+            shape = (*x.shape[:1], *(length if n == given else n for n in x.shape[1:]))
+            return redrawn(x, shape, generator) if shape != x.shape else x
+
+        yield _map(inputs, resized)
 
 
 def _resize(inputs: Inputs, side: Side, generator: torch.Generator) -> Inputs:
