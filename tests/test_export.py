@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch_files import small
 from convmerge import api, io
 from convmerge.cli.main import main
 from convmerge.errors import ConvmergeError, LoadError
+from convmerge.export import reading
 from convmerge.export.program import export_program
 from convmerge.export.sizes import Dynamic, named_sizes
 from convmerge.inputs import Inputs, as_inputs
@@ -330,6 +331,59 @@ def test_containers_mix_in_verify_and_bench(tmp_path: Path, capsys: pytest.Captu
     # That a program is for one size makes it no other function.
     assert main(["verify", *both, "--input", "1,3,20,23"]) == 2
     assert "not for 1×3×20×23: Guard failed" in capsys.readouterr().err
+
+
+# TorchScript -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def scripted(model: nn.Module, path: Path, x: Tensor | None = None) -> Path:
+    """A TorchScript file, traced where an input is given."""
+    made = torch.jit.script(model) if x is None else torch.jit.trace(model, x)
+    torch.jit.save(made, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("traced", [False, True])
+def test_scripts_are_converted_and_fused(traced: bool, tmp_path: Path) -> None:
+    model, out = random(nn.Sequential(small(), nn.Conv2d(2, 3, 1))), tmp_path / "out.pt"
+    path = scripted(model, tmp_path / "m.pt", X if traced else None)
+    with pytest.raises(LoadError, match="TorchScript archive, which only loads unsafely"):
+        open_model(path)
+    words = [str(path), "--trust", "--input", "1,3,19,23", "-q"]
+    assert main(["check", *words]) == 1
+    assert main(["fuse", *words, "-o", str(out)]) == 0
+    fused = open_model(out, trust=True).module
+    assert len(fused.state_dict()) == 4
+    for x in (X, torch.randn(5, 3, 7, 8)):
+        assert torch.allclose(fused(x), model(x), atol=1e-5)
+    file = open_model(path, trust=True, inputs=lambda _: as_inputs(X))
+    assert file.inputs is not None and file.sizes is None
+    report = api.inspect(file.module, file.inputs)
+    assert [site.place for site in report.merged()] == ["0.0 … 0.1", "0.3 … 1"]
+    assert report.before is not None
+    assert report.before.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_scripts_that_are_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = scripted(random(small()), tmp_path / "m.pt")
+
+    def assert_refused(words: str, convert: Callable[..., Any]) -> None:
+        monkeypatch.setattr(reading, "_convert", convert)
+        with pytest.raises(LoadError, match=words) as caught:
+            open_model(path, trust=True, inputs=lambda _: as_inputs(X))
+        assert "\n" not in caught.value.message
+        assert caught.value.hint == "start from the Python model it was scripted from"
+
+    def failing(*_: object) -> None:
+        raise ValueError("prim::Loop\nis unknown")
+
+    assert_refused(r"torch does not convert: .*prim::Loop", failing)
+    assert_refused("becomes another function", lambda *_: torch.export.export(small().eval(), (X,)))
+    with pytest.raises(LoadError, match="converted by example inputs"):
+        open_model(path, trust=True)
 
 
 # Command line ----------------------------------------------------------------------------------------------

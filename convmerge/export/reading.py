@@ -1,10 +1,14 @@
-"""Exported programs as modules that can be merged."""
+"""Exported programs, and scripts converted to such, as modules that can be merged."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,19 +20,20 @@ from convmerge.errors import LoadError
 from convmerge.evidence.tracing import quiet
 from convmerge.export.program import as_module, input_values
 from convmerge.export.recompose import recompose
-from convmerge.export.sizes import Size, Sizes, named_sizes
+from convmerge.export.sizes import Size, Sizes, named_sizes, resized
 from convmerge.inputs import Inputs
+from convmerge.verification.compare import compare
 from convmerge.verification.probes import first_line
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What a .pt2 file holds.
+    """What a .pt2 or TorchScript file holds.
 
     Attributes:
         module: a traced module without code of the original's, which checks the program's guards.
         inputs: those it was exported with, None where the file has none.
-        sizes: which sizes of them are open; None where there are no inputs.
+        sizes: which sizes of them are open; None where the file does not say.
         notes: what the user should know.
     """
 
@@ -52,6 +57,75 @@ def read_program(path: Path) -> Program:
             f"load it with the torch it was saved with, and export it again with {torch.__version__}",
         ) from error
     return from_program(program)
+
+
+def read_script(path: Path, inputs: Callable[[nn.Module], Inputs]) -> Program:
+    """Load a TorchScript file, which can run any code, and convert it to an exported program.
+
+    Args:
+        inputs: gives example inputs of the scripted model.
+
+    Raises LoadError where it is damaged, or has what torch does not convert, such as control flow.
+    """
+    try:
+        with quiet():
+            script = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise LoadError(
+            f"{path} is a TorchScript archive that does not load here: {first_line(error)}",
+            "load it with the torch it was saved with",
+        ) from error
+    given = inputs(script)
+    try:
+        module = _converted(script, given)
+        verdict = compare(script, module, given, more=False)
+    except Exception as error:
+        raise LoadError(
+            f"{path} is a TorchScript archive that torch does not convert: {first_line(error)}",
+            "start from the Python model it was scripted from",
+        ) from error
+    if not verdict.equal:
+        raise LoadError(
+            f"{path} becomes another function where torch converts it: {verdict.reason}",
+            "start from the Python model it was scripted from",
+        )
+    return Program(
+        module, given, None, ("it was converted from TorchScript by torch, on the example inputs",)
+    )
+
+
+def _converted(script: Any, given: Inputs) -> fx.GraphModule:
+    # The converter leaves all sizes open but those of one.
+    ones = {s: 2 for s in named_sizes(given) if given.tensors()[s.tensor].shape[s.dim] == 1}
+    try:
+        program = _convert(script, resized(given, ones))
+    except Exception:  # some are a property of the model
+        program = _convert(script, given)
+    module = plain_module(program)
+    names = [argument.name for argument in script.forward.schema.arguments[1:]]
+    for node, name in zip(module.graph.find_nodes(op="placeholder"), names, strict=False):
+        node.target = name
+    for node in module.graph.nodes:
+        weights = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        if weights and node.op == "call_function":  # scripts tell by these alone where a call was
+            node.meta["nn_module_stack"] = {weights[0]: (weights[0].rpartition(".")[0], "")}
+    for name, old in script.named_parameters():  # the converter makes buffers of them
+        path, _, leaf = name.rpartition(".")
+        with contextlib.suppress(AttributeError):  # nothing uses it
+            owner = module.get_submodule(path)
+            if (value := owner._buffers.pop(leaf, None)) is not None:
+                owner.register_parameter(leaf, nn.Parameter(value, old.requires_grad))
+    module.recompile()
+    return module
+
+
+def _convert(script: Any, inputs: Inputs) -> ExportedProgram:
+    from torch._export.converter import TS2EPConverter
+
+    inputs = inputs.clone()
+    with quiet(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        converted: ExportedProgram = TS2EPConverter(script, inputs.args, dict(inputs.kwargs)).convert()
+    return converted
 
 
 def from_program(program: ExportedProgram) -> Program:

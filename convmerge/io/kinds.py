@@ -47,8 +47,8 @@ class FileKind:
     """What a file is.
 
     Attributes:
-        name: the kind; ``torch_zip``, ``torch_legacy``, ``safetensors`` and ``pt2`` are the ones that can be
-            opened.
+        name: the kind; ``torch_zip``, ``torch_legacy``, ``safetensors``, ``pt2`` and ``torchscript`` are the
+            ones that can be opened.
         title: the kind in words, with its article.
         hint: the way out where the kind cannot be opened, else None.
     """
@@ -64,11 +64,7 @@ _KINDS = {
         FileKind("torch_zip", "a torch.save file"),
         FileKind("torch_legacy", "a torch.save file in the format from before torch 1.6"),
         FileKind("safetensors", "a safetensors file"),
-        FileKind(
-            "torchscript",
-            "a TorchScript archive, which convmerge does not read",
-            f"start from the Python model it was scripted from and {_SAVE_WHOLE}",
-        ),
+        FileKind("torchscript", "a TorchScript archive"),
         FileKind("pt2", "an exported program (torch.export)"),
         FileKind(
             "pt2_compiled",

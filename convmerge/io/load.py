@@ -6,10 +6,10 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from convmerge.io.pickles import Pickle, printable, read_pickle
 from convmerge.io.state import load_state, read_safetensors, state_dict_in
 from convmerge.io.trust import resolve
 
+if TYPE_CHECKING:
+    from convmerge.inputs import Inputs
+
 
 def load(
     path: str | os.PathLike[str],
@@ -34,9 +37,11 @@ def load(
     allow: Sequence[str] = (),
     factory: str | None = None,
     factory_args: dict[str, Any] | str | None = None,
+    inputs: Callable[[nn.Module], Inputs] | None = None,
 ) -> nn.Module:
     """The module in a file; arguments and errors as in :func:`open_model`."""
-    return open_model(path, trust=trust, allow=allow, factory=factory, factory_args=factory_args).module
+    more: dict[str, Any] = {"factory": factory, "factory_args": factory_args, "inputs": inputs}
+    return open_model(path, trust=trust, allow=allow, **more).module
 
 
 def open_model(
@@ -46,6 +51,7 @@ def open_model(
     allow: Sequence[str] = (),
     factory: str | None = None,
     factory_args: dict[str, Any] | str | None = None,
+    inputs: Callable[[nn.Module], Inputs] | None = None,
 ) -> ModelFile:
     """Open a saved model; by default without running any code of the file's.
 
@@ -54,6 +60,7 @@ def open_model(
         allow: ``pkg.mod`` or ``pkg.mod.Name``: classes the file may use beside those of torch.nn.
         factory: ``pkg.mod:callable`` that builds the architecture for a file that holds only tensors.
         factory_args: keyword arguments for it, a dict or JSON.
+        inputs: gives example inputs of a scripted model, which TorchScript needs to be converted.
 
     With any of ``trust``, ``allow`` and ``factory``, modules in the current directory and in the file's own
     can be imported while the file is opened; installed packages of the same name come first.
@@ -65,8 +72,8 @@ def open_model(
     named = trust or bool(allow) or factory is not None
     with _naming(path), importable(*((Path.cwd(), path.resolve().parent) if named else ())):
         kind = _readable(path)
-        if kind.name == "pt2":
-            file = _open_program(path, kind, trust)
+        if kind.name in ("pt2", "torchscript"):
+            file = _open_program(path, kind, trust, inputs)
         else:
             document, describe = _read(path, kind, trust, tuple(allow))
             if factory is None:
@@ -77,15 +84,19 @@ def open_model(
     return file
 
 
-def _open_program(path: Path, kind: FileKind, trust: bool) -> ModelFile:
+def _open_program(
+    path: Path, kind: FileKind, trust: bool, inputs: Callable[[nn.Module], Inputs] | None
+) -> ModelFile:
     if not trust:
         raise LoadError(
             f"{path} is {kind.title}, which only loads unsafely", "pass --trust if you made this file"
         )
+    if kind.name == "torchscript" and inputs is None:
+        raise LoadError(f"{path} is {kind.title}, which is converted by example inputs", "pass inputs=")
     # torch's exporter, which files of other kinds do not need
-    from convmerge.export.reading import read_program
+    from convmerge.export.reading import read_program, read_script
 
-    program = read_program(path)
+    program = read_program(path) if inputs is None or kind.name == "pt2" else read_script(path, inputs)
     return ModelFile(
         program.module, Container(), path, kind.title, program.notes, program.inputs, program.sizes
     )
