@@ -125,6 +125,7 @@ def test_zero_taps_are_chosen_over_padding_only_where_they_are_cheaper() -> None
         (256, 4096, 6, 6, "unfolded"),  # the heads of AlexNet, VGG and LeNet
         (512, 4096, 7, 7, "unfolded"),
         (16, 120, 5, 5, "unfolded"),
+        (512, 4096, 7, 10, "unfolded"),
         (512, 512, 3, 9, "conv"),
         (256, 256, 3, 16, "conv"),
         (64, 64, 5, 60, "conv"),

@@ -113,7 +113,7 @@ ROWS_MAPS = 1.25
 CACHED, MEMORY = 24e6, 45e9
 # glibc's malloc takes blocks above DEFAULT_MMAP_THRESHOLD_MAX from the system in every call, and returns them
 # after it: each page is zeroed at the first touch. Bytes, and bytes per second. Measured with relu and
-# pixel_shuffle on 31 to 256 MiB; kernels that lay out their maps in blocks have a buffer for each one more.
+# pixel_shuffle on 31 to 256 MiB; kernels that lay out maps and weights in blocks have a buffer more for each.
 MAPPED, FAULTS = 2**25, 3.8e9
 BLOCKED = frozenset({"blocked", "pointwise", "grouped", "depthwise", "transposed", "transposed depthwise"})
 GATHERED = 25  # how many times the numbers under a kernel count as moved to be laid side by side
@@ -133,7 +133,8 @@ def layer_load(
         return replace(load, fresh=fresh(out))
     copied = ((g.in_channels, into if g.in_channels > FEW else 0), (g.out_channels, out))
     ragged = sum(size for channels, size in copied if channels % BLOCK)
-    return replace(load, ragged=ragged, fresh=fresh(out, *(size for _, size in copied)))
+    buffers = (out, *(size for _, size in copied), g.weights * bytes_of(dtype))
+    return replace(load, ragged=ragged, fresh=fresh(*buffers))
 
 
 def map_load(kind: str, into: float, out: float, work: float = 0) -> Load:
