@@ -118,7 +118,6 @@ SMALL_FIRST: list[tuple[str, Resample]] = [
     ("interpolate", lambda x: F.interpolate(x, scale_factor=1.7, mode="nearest")),
     ("interpolate", lambda x: F.interpolate(x, scale_factor=1.5, mode="nearest-exact")),
     ("interpolate", lambda x: F.interpolate(F.interpolate(x, (20, 20)), (47, 31), mode="bilinear")),
-    ("adaptive_avg_pool", lambda x: F.interpolate(x, size=(39, 33), mode="area")),
     ("reflect pad", lambda x: F.pad(x, (6, 5, 7, 3), mode="reflect")),
     ("replicate pad", lambda x: F.pad(x, (6, 5, 7, 3), mode="replicate")),
     ("circular pad", lambda x: F.pad(x, (6, 5, 7, 3), mode="circular")),
@@ -181,7 +180,9 @@ def test_a_pooled_map_is_mixed_before_it_is_resized_to_the_shape_of_the_whole() 
 
     model = randomised(Function(forward, c=conv(23, 23, 1)))
     result = convmerge.fuse(model, normal(1, 23, 13, 16))
-    assert [site.reason for site in result.report.merged()] == ["one Conv2d(23, 23, 1×1) in front of interpolate"]
+    assert [site.reason for site in result.report.merged()] == [
+        "one Conv2d(23, 23, 1×1) in front of interpolate"
+    ]
     unchanged_at_other_sizes(result, model, 23)
 
 
@@ -230,6 +231,12 @@ def test_what_costs_more_on_the_other_side_stays_there_and_says_so() -> None:
     (site,) = report.sites
     assert site.action == "keep"
     assert site.reason.startswith("costs more on the other side of the adaptive_avg_pool: ")
+
+
+def test_filters_stay_behind_pools_that_enlarge_small_examples_alone() -> None:
+    model = randomised(nn.Sequential(nn.AdaptiveAvgPool2d(32), conv(23, 7, 1), nn.BatchNorm2d(7)))
+    (site,) = convmerge.inspect(model, normal(1, 23, 13, 16)).merged()
+    assert site.operators == ("conv 1×1", "batch_norm")
 
 
 def test_pooling_at_a_ratio_of_one_size_alone_stays() -> None:

@@ -67,7 +67,7 @@ class Call:
         stack: the module calls it ran in, outermost first, beginning with the root (path "").
         mutates: whether it writes into its first argument.
         index: position in execution order.
-        origin: for a call in the code of an exported program, the module it was made in when that was exported.
+        origin: for a call in the code of an exported program, the module it was made in before the export.
     """
 
     node: Node
@@ -213,7 +213,7 @@ def _export(model: nn.Module, inputs: Inputs) -> Evidence:
     if "" not in recorded:  # a traced module at the root: export runs it node by node and does not call it
         single = program.call_spec.out_spec is not None and program.call_spec.out_spec.is_leaf()
         recorded[""] = [(inputs.args, inputs.kwargs, inputs.tensors()[0] if single else None)]
-    # The code of a traced module remembers the modules whose calls were traced, which it does not call itself.
+    # The code of a traced module remembers modules whose calls were traced, which it does not call itself.
     called = frozenset(recorded) if isinstance(model, fx.GraphModule) else None
     return _evidence(program.graph, tensors, canonical, _signatures(recorded, canonical), called)
 
