@@ -25,14 +25,20 @@ Geometries = Sequence[tuple[Place, Geometry]]
 
 
 def with_gaps(elements: Chain) -> Chain:
-    """The elements with gaps beside their passages wherever no other element stands there."""
+    """The elements with gaps beside their passages wherever no other element stands there.
+
+    Raises Refusal where they begin with a pool that enlarges the example's map, and will not larger ones.
+    """
     found: list[Element] = []
     solid = False  # whether an operator stands between here and the passage before
     last: Leaf | None = None
     for element in elements:
         if is_passage(element):
             assert isinstance(element, Leaf)
-            if not solid:
+            adaptive = element.step.kind == "adaptive_avg_pool"  # type: ignore[union-attr]
+            if adaptive and last is None and not solid:
+                raise Refusal("the pool in front gives the same size for larger maps too")
+            if not solid and not adaptive:
                 found.append(_gap(element, behind=False))
             last, solid = element, False
         elif not is_same(element):
