@@ -167,3 +167,32 @@ def test_a_layer_put_in_the_wrong_place_is_seen_though_rounding_hides_it(
     report = convmerge.fuse(model, x).report
     assert [site.modules[0].split(".")[0] for site in report.merged()] == ["2"]
     assert any("1 sites were dropped" in warning for warning in report.warnings), report.warnings
+
+
+# --- What peft makes of its own adapters --------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "half"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_weights_are_no_further_off_than_those_that_peft_merges(
+    dtype: torch.dtype, mixed: bool, options: dict[str, bool]
+) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(6)
+    base = nn.Sequential(nn.Linear(23, 29), nn.Tanh(), nn.Linear(29, 19)).to(dtype)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0", "2"], **options)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=mixed).eval().requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.randn(parameter.shape).to(parameter)
+    exact, theirs = copy.deepcopy(model).double().merge_and_unload(), copy.deepcopy(model).merge_and_unload()
+    ours = fused(model, torch.randn(5, 23).to(dtype)).model.get_submodule("base_model.model")
+    for name in ("0", "2"):
+        weight = exact.get_submodule(name).weight
+        error, authors = (
+            float((m.get_submodule(name).weight.double() - weight).norm()) for m in (ours, theirs)
+        )
+        assert error <= authors * (1 + 1e-9), (name, error, authors)
