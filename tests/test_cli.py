@@ -245,6 +245,12 @@ def test_a_bad_target_is_told_before_the_work(run: Run, chain: Path, monkeypatch
         assert result.code == 2 and result.err.startswith("error: ")
 
 
+def test_a_directory_as_target_is_told_with_a_file_in_it(run: Run, chain: Path) -> None:
+    error, hint = run("fuse", chain, "-o", chain.parent, *SMALL).err.splitlines()
+    assert error == f"error: cannot write {chain.parent}: it is a directory"
+    assert hint.endswith(f"-o {chain.with_name('chain-fused.pt')}")
+
+
 # ---- errors ---------------------------------------------------------------------------------------------
 
 

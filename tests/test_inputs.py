@@ -229,6 +229,8 @@ def test_bad_files(tmp_path: Path) -> None:
     assert_refused("no .pt, .npy or .npz", "--input", f"@{tmp_path}/x.csv")
     assert_refused("no such file", "check the path", f"@{tmp_path}/gone.npy")
     assert_refused("no such file", "check the path", file=tmp_path / "gone.pt")
+    assert_refused("is a directory, not a file", f"as in {tmp_path}/", file=tmp_path)
+    assert_refused("is a directory, not a file", f"as in {tmp_path}/", f"@{tmp_path}")
 
 
 # Inference -------------------------------------------------------------------------------------------------

@@ -178,10 +178,10 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     for name, words in {
         "m.safetensors": "written as .pt, .pth, .pt2 or .onnx, not '.safetensors'",
         "m": "no suffix",
-        "": "no suffix",
+        "": "it is a directory",
         "nowhere/m.pt": "there is no directory",
         "file/m.pt": "there is no directory",
-        "directory.pt": "not a regular file",
+        "directory.pt": "it is a directory",
         "fifo.pt": "not a regular file",
         "null.pt": "not a regular file",
         "loop.pt": "cannot write",

@@ -146,7 +146,7 @@ def load_values(path: Path, name: str | None, option: str, syntax: str) -> Any:
     """
     if path.suffix in (".npy", ".npz"):
         return _load_numpy(path, name)
-    if path.suffix not in (".pt", ".pth"):
+    if path.suffix not in (".pt", ".pth") and not path.is_dir():
         raise ConvmergeError(f"{option}: the file is no .pt, .npy or .npz", syntax)
     return _load_pt(path)
 
@@ -184,6 +184,10 @@ def _load_numpy(path: Path, name: str | None) -> Tensor:
 
 
 def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise ConvmergeError(
+            f"{path} is a directory, not a file", f"name the file in it, as in {path}/FILE.pt"
+        )
     if not path.is_file():
         raise ConvmergeError(f"no such file: {path}", "check the path after @ or --inputs")
 

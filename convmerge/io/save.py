@@ -90,10 +90,15 @@ def check_target(path: str | os.PathLike[str], *, source: Path | None = None, fo
         force: allow it to be the target.
 
     Raises:
-        ConvmergeError: wrong suffix, missing or read-only directory, not a regular file, or the input itself;
-            or a package to write it is missing.
+        ConvmergeError: a directory, wrong suffix, in a missing or read-only directory, not a regular file, or
+            the input itself; or a package to write it is missing.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        name = f"{source.stem}-fused{source.suffix}" if source else "NAME.pt"
+        raise ConvmergeError(
+            f"cannot write {path}: it is a directory", f"name the file in it, as in -o {path / name}"
+        )
     if path.suffix.lower() not in (*_PICKLED, *_GRAPHS):
         shown = f"'{path.suffix}'" if path.suffix else "no suffix"
         raise ConvmergeError(
