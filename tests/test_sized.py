@@ -144,6 +144,34 @@ def test_the_result_can_be_exported_with_open_sizes() -> None:
             assert_close(program(x), model(x))
 
 
+class Routed(nn.Module):
+    """The filter stands in another module than the upsampling, and nothing traces the code between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 64, 3, 2, 1)
+        self.up, self.conv = Resize(), nn.Conv2d(64, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.start(x).relu()
+        parts = [p for p in (self.down(a).relu(),) if float(p.shape[1]) > 0]
+        return self.conv(self.up(parts[0], a)) if len(set(parts)) else a  # type: ignore[no-any-return]
+
+
+class Resize(nn.Module):
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, size=like.shape[2:])
+
+
+def test_code_that_cannot_be_traced_keeps_its_upsampling() -> None:
+    model = randomised(Routed())
+    result = convmerge.fuse(model, random(1, 3, 64, 96), objective="macs")
+    assert not any("nearest" in name for site in result.report.merged() for name in site.operators)
+    x = random(1, 3, 33, 34)
+    with torch.no_grad():
+        assert_close(result.model(x), model(x))
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_maps_that_are_halved_downwards_are_not_doubled_again(skip: bool) -> None:
     """From 3 to 7, the nearest neighbours are not those of twice the size."""

@@ -14,7 +14,7 @@ from torch.fx.node import Node
 
 from convmerge.edit.edits import Edit, Edits, Run, UnitEdit
 from convmerge.edit.frames import Frames, innermost_common
-from convmerge.edit.lower import check_memory, edge_of, fork_of, gap_of, lower, open_block
+from convmerge.edit.lower import check_memory, edge_of, fork_of, gap_of, lower, open_block, resized_of
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Frame
 from convmerge.recognise import Same
@@ -30,6 +30,7 @@ def lower_apart(
     """
     check_memory(frames.evidence, home, emptied)
     whole = added is not None or edge_of(home) or gap_of(home) or open_block(home) or fork_of(home)
+    whole = whole or resized_of(home)  # the layer is given the size where the upsampling was
     places = [home] if whole else _parts(frames, home)
     gone = [part for run in emptied for part in _parts(frames, run)]
     if len(places) + len(gone) < 2:
