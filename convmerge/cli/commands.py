@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CLEAN, FINDING = 0, 1
 REPORT_IT = "this is a bug in convmerge: please report it with the traceback that -v shows"
 
-_SAVED = "A model saved by torch.save, or a .pt2 file saved by torch.export."
+_SAVED = "A model saved by torch.save, torch.export or TorchScript."
 _Model = Annotated[Path, typer.Argument(metavar="MODEL", help=_SAVED)]
 
 app = typer.Typer(
