@@ -243,9 +243,20 @@ def test_a_forward_that_changes_its_input_leaves_the_callers_alone() -> None:
 
 
 def test_a_model_that_does_not_run_is_an_error_with_its_message() -> None:
-    with pytest.raises(ConvmergeError, match=r"captured by torch\.export.*expected input") as caught:
+    with pytest.raises(ConvmergeError, match=r"does not run on .*2×4×7×9.*expected input") as caught:
         evidence_of(nn.Conv2d(6, 5, 3).double(), random(2, 4, 7, 9))
-    assert caught.value.hint is not None
+    assert caught.value.hint is not None and "--input" in caught.value.hint
+
+
+def test_a_model_that_runs_but_cannot_be_followed_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("what a tracer says")
+
+    monkeypatch.setattr("convmerge.evidence.capture._export", fail)
+    monkeypatch.setattr("convmerge.evidence.capture._run", fail)
+    with pytest.raises(ConvmergeError, match=r"captured by torch\.export: ValueError: what") as caught:
+        evidence_of(nn.Conv2d(6, 5, 3).double(), random(2, 6, 7, 9))
+    assert caught.value.hint is not None and "itself runs" in caught.value.hint
 
 
 def test_a_copy_shares_no_memory_and_takes_computed_tensors() -> None:

@@ -317,7 +317,9 @@ def test_inspect_tells_what_a_file_it_may_not_load_holds(run: Run) -> None:
 def test_a_model_that_does_not_run(run: Run, chain: Path) -> None:
     result = run("inspect", chain, "--input", "1,4,53,59")
     assert (result.code, result.out) == (2, "")
-    assert result.err.startswith("error: ") and result.err.count("\n") <= 2
+    error, hint = result.err.splitlines()
+    assert error.startswith("error: Sequential does not run on these inputs (input 1×4×53×59 float32)")
+    assert "expected input" in error and "captured" not in error and "--input" in hint
 
 
 def test_internal_errors_are_one_line_and_a_traceback_with_v(

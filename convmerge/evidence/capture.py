@@ -165,7 +165,8 @@ def canonical_paths(model: nn.Module) -> dict[str, str]:
 def capture(model: nn.Module, inputs: Inputs) -> Evidence:
     """Capture ``model`` (in eval mode) on example inputs; the model and the inputs are not changed.
 
-    Raises ConvmergeError where neither torch.export nor torch.fx can follow the model.
+    Raises ConvmergeError where the model does not run on the inputs, or neither torch.export nor a recorded
+    run can follow it.
     """
     try:
         with collector_paused():
@@ -174,12 +175,34 @@ def capture(model: nn.Module, inputs: Inputs) -> Evidence:
         try:
             evidence = _run(copy_model(model).eval(), inputs.clone())
         except Exception:
+            _check_runs(model, inputs)
             raise ConvmergeError(
                 f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}",
-                hint="does the model run on these inputs? run with -v for the whole error",
+                hint="the model itself runs on these inputs; run with -v for the whole error",
             ) from error
     evidence.source = model, inputs
     return evidence
+
+
+def run_copy(model: nn.Module, inputs: Inputs) -> None:
+    """Run a copy of ``model`` in eval mode on copies of the inputs; raises whatever its code raises."""
+    trial, given = copy_model(model), inputs.clone()
+    with contextlib.suppress(NotImplementedError):  # modules from torch.export are in eval mode already
+        trial.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trial(*given.args, **given.kwargs)
+
+
+def _check_runs(model: nn.Module, inputs: Inputs) -> None:
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a traced module that fails prints its code
+            run_copy(model, inputs)
+    except Exception as error:
+        shown = ", ".join(f"{name} {what}" for name, what in inputs.describe().items())
+        raise ConvmergeError(
+            f"{type(model).__name__} does not run on these inputs ({shown}): {_first_line(error)}",
+            "give inputs that it takes, as in --input 1,3,224,224; -v shows where it failed",
+        ) from error
 
 
 def plain_defaults(model: nn.Module) -> dict[str, Any]:

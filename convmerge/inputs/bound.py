@@ -209,6 +209,8 @@ def _settled(
     model: nn.Module, rest: Inputs, values: Mapping[str, Any], examples: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The values as the model takes them; integers may stand for numbers of the model's own dtype."""
+    from convmerge.evidence.capture import run_copy  # which itself knows inputs
+
     whole = inspect.signature(model.forward)
     device, dtype = model_device(model), model_dtype(model)
     failure: Exception | None = None
@@ -219,7 +221,7 @@ def _settled(
         }
         settled = dict(pytree.tree_map_only(Tensor, lambda t: t.to(device), settled))
         try:
-            _run(Filled(model, settled), rest)
+            run_copy(Filled(model, settled), rest)
         except Exception as error:  # a forward can fail in any way on values that do not fit
             failure = error
             continue
@@ -280,14 +282,6 @@ def _is_number(value: Any) -> bool:
 
 def _has_float(value: Any) -> bool:
     return any(isinstance(leaf, float) for leaf in pytree.tree_leaves(value))
-
-
-def _run(filled: Filled, rest: Inputs) -> None:
-    from convmerge.evidence.capture import copy_model  # which itself knows inputs
-
-    trial, inputs = copy_model(filled).eval(), rest.clone()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trial(*inputs.args, **inputs.kwargs)
 
 
 def _without(signature: inspect.Signature, names: Mapping[str, Any]) -> inspect.Signature:
