@@ -21,7 +21,7 @@ from convmerge.recognise.generated import APPLY
 from convmerge.regions.elements import Block, Element, Fork, Leaf, Regions, Share, calls_of, leaves
 from convmerge.regions.fold import geometry_of, place_of
 from convmerge.report import SiteReport
-from convmerge.structure import structural_denials
+from convmerge.structure import lone_norms, structural_denials
 
 
 def describe_sites(decider: Decider, decisions: Decisions, built: Sequence[Built]) -> tuple[SiteReport, ...]:
@@ -34,7 +34,11 @@ def describe_sites(decider: Decider, decisions: Decisions, built: Sequence[Built
         static = decider.proofs.proves(decision.edits)
         for site in (decision.site, *decision.also):
             rows.append((_when(decider, site.elements), _merge_row(decider, site, b, refusal, static)))
-    for denial in (*decisions.denials, *structural_denials(decider.evidence, decisions.regions)):
+    denials = [*decisions.denials, *structural_denials(decider.evidence, decisions.regions)]
+    elements = [site.elements for d in decisions.merges for site in (d.site, *d.also)]
+    told = {node for found in (*elements, *(d.elements for d in denials)) for node in _calls(found)}
+    denials += lone_norms(decider.evidence, decisions.regions, told)
+    for denial in denials:
         rows.append((_when(decider, denial.elements), _denial_row(decider, denial)))
     rows.extend(_refused_calls(decider, decisions.regions))
     return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 from torch.fx.node import Node
 
@@ -27,6 +28,24 @@ def structural_denials(evidence: Evidence, regions: Regions) -> Iterator[Denial]
             yield _denial(evidence, (last, first), f"the result of {_kind(last)} {reason}")
     for join in regions.joins:
         yield from _different_inputs(evidence, join)
+
+
+def lone_norms(evidence: Evidence, regions: Regions, told: AbstractSet[Node]) -> Iterator[Denial]:
+    """Batch norms that no merge and no other denial is about: no layer to merge with is next to them.
+
+    Args:
+        evidence, regions: of one model.
+        told: the calls that something is said about already.
+    """
+    for element in (element for chain in regions.chains for element in chain):
+        if not isinstance(element, Leaf) or element.node in told or _kind(element) != "batch_norm":
+            continue
+        before = evidence.calls.get(element.source)
+        after = [evidence.calls[user].op for user in element.node.users if user in evidence.calls]
+        names = ", ".join(dict.fromkeys(after)) or "the model's output"
+        reason = f"no layer next to it: it follows {before.op if before else 'an input'} and goes to {names}"
+        if (place := place_of(evidence, (element,))) is not None:
+            yield Denial((element,), place, reason)
 
 
 def _different_inputs(evidence: Evidence, join: Join) -> Iterator[Denial]:

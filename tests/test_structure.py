@@ -66,6 +66,11 @@ CASES: dict[str, tuple[Callable[..., Any], int, str]] = {
         1,
         "the result of conv 3×3 is also read by relu",
     ),
+    "a norm alone": (
+        lambda m, x: m.norm(F.max_pool2d(m.a(x), 2)).relu(),
+        1,
+        "no layer next to it: it follows max_pool2d and goes to relu",
+    ),
     "two outputs": (both, 1, "the result of conv 3×3 is an output of the model too"),
     "two calls": (neighbours, 1, "a is called 2 times with different neighbours"),
     "kernel": (lambda m, x, w: m.norm(F.conv2d(x, w)), 2, "kernel depends on input"),
@@ -99,6 +104,13 @@ def test_the_reason_is_given(name: str) -> None:
     refused = [site for site in sites(name) if site.action == "refuse"]
     assert any(CASES[name][2] in site.reason for site in refused), [site.reason for site in refused]
     assert all(site.place for site in refused)
+
+
+def test_a_norm_that_merges_or_has_a_reason_has_no_other_one() -> None:
+    found = [site for site in sites("another reader") if "batch_norm" in site.operators]
+    assert len(found) == 1
+    model = randomised(Forward(lambda m, x: m.norm(m.a(x)).relu(), a=conv(), norm=nn.BatchNorm2d(6)))
+    assert [site.action for site in convmerge.inspect(model, random(*MAP)).sites] == ["merge"]
 
 
 def test_a_plain_residual_block_gives_no_reason() -> None:
