@@ -486,7 +486,7 @@ def _random_model(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     before = nn.Conv2d(2, inp, 1, bias=rng.random() < 0.5) if rng.random() < 0.5 else nn.Conv2d(2, inp, 3)
     model = Two(forward, generator=nn.Sequential(*layers), before=before, after=nn.Sequential(*after))
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 2, 7, 6, dtype=torch.float64, generator=generator)
+    x = torch.randn(1, 2, 8, 7, dtype=torch.float64, generator=generator)
     return randomised(model, seed), x, torch.randn(1, cond, dtype=torch.float64, generator=generator)
 
 

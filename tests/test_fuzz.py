@@ -134,6 +134,10 @@ def check(seed: int) -> Counter[str]:
     model = RandomModel(seed).double().eval()
     x = torch.randn(1 + seed % 2, model.channels, SIZE, SIZE + 2, dtype=torch.float64)
     with torch.no_grad():
+        try:
+            model(x)
+        except RuntimeError:  # strides and pools have left nothing of the map
+            return Counter()
         result = convmerge.fuse(model, x)
         for inputs in (x, torch.randn(3, model.channels, SIZE + 1, SIZE, dtype=torch.float64)):
             try:
