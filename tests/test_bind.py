@@ -380,6 +380,19 @@ def test_values_that_do_not_fit(bind: dict[str, Tensor], message: str) -> None:
         convmerge.inspect(randomised(Hyper()), (X, COND), bind=bind)
 
 
+@pytest.mark.parametrize("example", [(), ("--input", "1,3,5,7")])
+def test_the_only_input_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], example: tuple[str, ...]
+) -> None:
+    path, value = tmp_path / "model.pt", tmp_path / "value.pt"
+    torch.save(nn.Conv2d(3, 2, 3).eval(), path)
+    torch.save(torch.ones(1, 3, 5, 7), value)
+    assert main(["inspect", str(path), "--bind", f"input={value}", *example]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: with input bound, forward(input) has no input left")
+    assert "give input as an example, by --input" in hint
+
+
 def test_without_an_example_of_the_bound_input() -> None:
     model = randomised(Hyper())
     assert convmerge.fuse(model, X, bind={"cond": COND}).report.inputs == {"x": "1×3×7×9 float64"}

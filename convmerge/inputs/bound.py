@@ -145,11 +145,7 @@ def bind_inputs(model: nn.Module, inputs: Inputs, values: Mapping[str, Any]) -> 
     arguments = _arguments(whole, inputs, values)
     rest = {name: value for name, value in arguments.items() if name not in values}
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(rest)):
-        names = ", ".join(values)
-        raise ConvmergeError(
-            f"with {names} bound, forward{_shown(whole)} has no input left",
-            "bind only what stays the same in every call",
-        )
+        raise _nothing_left(whole, values)
     reduced = _without(whole, values)
     called = inspect.BoundArguments(reduced, rest)
     named = tuple(name for name in reduced.parameters if name in rest)[: len(called.args)]
@@ -164,9 +160,14 @@ def bind_inputs(model: nn.Module, inputs: Inputs, values: Mapping[str, Any]) -> 
 
 
 def infer_bound(model: nn.Module, values: Mapping[str, Any], seed: int) -> Inputs:
-    """Find an input that the model runs on with ``values`` bound, as :func:`infer_inputs` does."""
+    """Find an input that the model runs on with ``values`` bound, as :func:`infer_inputs` does.
+
+    Raises ConvmergeError as there, for an unknown name, and where nothing is left that is not bound.
+    """
     whole = inspect.signature(model.forward)
     _check_names(whole, values)
+    if not _without(whole, values).parameters:
+        raise _nothing_left(whole, values)
     failure: ConvmergeError | None = None
     for integers in (None, model_dtype(model)):
         typed = {
@@ -187,6 +188,14 @@ def _check_names(whole: inspect.Signature, values: Mapping[str, Any]) -> None:
     for name in values:
         if name not in names:
             raise unknown_name(name, f"forward({', '.join(names)})", names)
+
+
+def _nothing_left(whole: inspect.Signature, values: Mapping[str, Any]) -> ConvmergeError:
+    only = next(iter(values)) if len(values) == 1 else "one of them"
+    return ConvmergeError(
+        f"with {', '.join(values)} bound, forward{_shown(whole)} has no input left: it is one constant",
+        f"bind only what stays the same in every call; give {only} as an example, by --input, instead",
+    )
 
 
 def _arguments(whole: inspect.Signature, inputs: Inputs, values: Mapping[str, Any]) -> dict[str, Any]:
