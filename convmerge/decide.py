@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -233,6 +234,12 @@ def _plan(planner: Planner, unit: Chain | Junction) -> ChainPlan:
 def matches(path: str, globs: Sequence[str]) -> bool:
     """Whether a module path, or one that it is inside of, is meant by one of the globs."""
     return any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*") for glob in globs)
+
+
+def unmatched(globs: Sequence[str], paths: Sequence[str]) -> dict[str, list[str]]:
+    """Every glob that means none of the module paths, with the paths that are spelt most like it."""
+    absent = [glob for glob in globs if not any(matches(path, [glob]) for path in paths)]
+    return {glob: difflib.get_close_matches(glob.strip("*."), [p for p in paths if p], 2) for glob in absent}
 
 
 def _added(site: Site) -> Node | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from convmerge.cost.measure import Measured
 from convmerge.cost.model import CostModel, Objective, Roofline
-from convmerge.decide import Decider, Decisions
+from convmerge.decide import Decider, Decisions, unmatched
 from convmerge.errors import ConvmergeError
 from convmerge.evidence.capture import Evidence, capture, copy_model
 from convmerge.inputs import Inputs, bind_inputs
@@ -154,6 +154,7 @@ class Pipeline:
             self.warnings.append(
                 "torch.export cannot follow this model; the calls of one real run were used instead"
             )
+        self._check_globs(evidence)
         with self.stage("plan"):
             scratch = copy_model(self.model).eval()
             o = self.options
@@ -163,6 +164,17 @@ class Pipeline:
         if isinstance(decider.cost_model, Measured) and decider.cost_model.exhausted:
             self.warnings.append("the time for measuring ran out; the latency of other places is predicted")
         return decider, decisions
+
+    def _check_globs(self, evidence: Evidence) -> None:
+        """Warn of globs that choose nothing, which are mistyped more often than not."""
+        if not self.options.only and not self.options.skip:
+            return
+        places = dict.fromkeys(path for m in (self.original, self.model) for path, _ in m.named_modules())
+        places |= dict.fromkeys(call.place for call in evidence.calls.values())
+        for option, globs in (("--only", self.options.only), ("--skip", self.options.skip)):
+            for glob, near in unmatched(globs, list(places)).items():
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                self.warnings.append(f"{option} {glob!r} matches no module{hint}")
 
     def _cost_model(self) -> CostModel:
         if not self.options.measure:

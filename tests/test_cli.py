@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,21 @@ def test_only_and_skip_choose_sites(run: Run, chain: Path) -> None:
     assert run("check", chain, *SMALL, "--skip", "*").code == 0
     assert run("check", chain, *SMALL, "--only", "nowhere.*").code == 0
     assert run("check", chain, *SMALL, "--only", "*").code == 1
+
+
+def test_globs_that_match_no_module_are_warned_of(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    path = tmp_path / "named.pt"
+    stem = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+    torch.save(nn.Sequential(OrderedDict(stem=stem, classifier=nn.Conv2d(5, 2, 1))).eval(), path)
+    result = run("check", path, *SMALL, "--only", "stme.*", "--skip", "clasifier", "--skip", "classifier")
+    assert result.code == 0
+    assert result.err.splitlines() == [
+        "warning: --only 'stme.*' matches no module; did you mean stem or stem.1?",
+        "warning: --skip 'clasifier' matches no module; did you mean classifier?",
+    ]
+    assert run("check", path, *SMALL, "--skip", "zzz").err == "warning: --skip 'zzz' matches no module\n"
+    assert run("check", path, *SMALL, "--only", "*", "--only", "stem", "--skip", "stem.[1]").err == ""
 
 
 def test_weights_with_a_factory(run: Run, tmp_path: Path) -> None:
