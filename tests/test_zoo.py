@@ -31,10 +31,10 @@ BLOCKS: dict[str, dict[str, int]] = {
 }
 
 REAL: dict[str, dict[str, int]] = {
-    "torchvision/resnet50": {"conv": 53, "linear": 1, "batch_norm": 0, "add": 16},
+    "torchvision/resnet50": {"conv": 52, "linear": 1, "batch_norm": 0, "add": 16},
     "torchvision/mobilenet_v2": {"conv": 52, "linear": 1, "batch_norm": 0, "add": 10},
     "torchvision/densenet121": {"conv": 120, "linear": 1, "batch_norm": 62},
-    "torchvision/googlenet": {"conv": 57, "linear": 1, "batch_norm": 0},
+    "torchvision/googlenet": {"conv": 39, "linear": 1, "batch_norm": 0},
     "torchvision/deeplabv3_resnet50": {"conv": 61, "batch_norm": 0, "add": 16},
     "timm/resnetv2_50x1_bit": {"conv": 54, "batch_norm": 0, "add": 16},
     "timm/xception41": {"conv": 84, "linear": 1, "batch_norm": 0, "add": 12},
