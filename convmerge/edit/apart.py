@@ -30,8 +30,8 @@ def lower_apart(
     """
     check_memory(frames.evidence, home, emptied)
     whole = added is not None or edge_of(home) or gap_of(home) or open_block(home) or fork_of(home)
-    whole = whole or resized_of(home)  # the layer is given the size where the upsampling was
-    places = [home] if whole else _parts(frames, home)
+    sized = resized_of(home) is not None  # the layer is given the size where the upsampling was
+    places = [home] if whole or sized else _parts(frames, home)
     gone = [part for run in emptied for part in _parts(frames, run)]
     if len(places) + len(gone) < 2:
         raise Refusal("it stands in the code of one module")
