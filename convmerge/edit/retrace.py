@@ -22,7 +22,7 @@ from convmerge.edit.tracer import arguments, trace_all_ways
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Evidence, Frame, Signature, live_calls
 from convmerge.evidence.constants import Constants, memory_root, view_of
-from convmerge.evidence.tracing import VisibleData, drop_idle, quiet, unmarked
+from convmerge.evidence.tracing import VisibleData, drop_idle, must_be, quiet, unmarked
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,11 @@ def _trace(module: nn.Module, signature: Signature, opened: frozenset[str]) -> f
     graph = trace_all_ways(module, signature, opened)
     for node in graph.find_nodes(op="call_function", target=_assert_is_none):
         _spell_out(graph, node)
+    given = arguments(module, signature)
+    for node in graph.find_nodes(op="call_function", target=torch._assert):
+        name = str(node.args[1]).partition(" has been specialized ")[0]  # in the words of torch.fx
+        if name in given:
+            node.update_arg(1, must_be(name, given[name]))
     return graph
 
 

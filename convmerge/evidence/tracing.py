@@ -131,3 +131,8 @@ def unmarked(module: nn.Module) -> Iterator[None]:
 def _state(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """A module's attributes, and the registries among them that are changed in place."""
     return vars(module), module._parameters, module._buffers, module._modules
+
+
+def must_be(name: str, value: object) -> str:
+    """The message of an assertion that an argument is what a trace was made for."""
+    return f"{name} was {value!r} when this model was made, and must be"

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from convmerge.edit.lower import check_hooks
 from convmerge.errors import Refusal
-from convmerge.evidence.tracing import quiet
+from convmerge.evidence.tracing import must_be, quiet
 from convmerge.inputs import Inputs
 from convmerge.inputs.values import model_device, model_dtype
 from convmerge.passes.assume import Examples, run_assuming
@@ -124,8 +124,7 @@ class _Specialiser(fx.Tracer):
     def _asserted(self, name: str, proxy: Proxy, example: Any) -> Any:
         """A plain argument, on which code may branch: the trace holds for this value of it alone."""
         test = self.create_proxy("call_function", operator.eq, (proxy, example), {})
-        message = f"{name} was {example!r} when this model was made, and must be"
-        self.create_proxy("call_function", torch._assert, (test, message), {})
+        self.create_proxy("call_function", torch._assert, (test, must_be(name, example)), {})
         return example
 
     def to_bool(self, obj: Proxy) -> bool:
