@@ -76,6 +76,7 @@ SHAPED_AS: dict[Any, Any] = {
     torch.ops.aten.view_as.default: torch.ops.aten.view.default,
     torch.ops.aten.expand_as.default: torch.ops.aten.expand.default,
 }
+WRITTEN_AS = "written as"  # key of a node's meta: the name of such a call, which takes any shape
 DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 
 
@@ -90,6 +91,7 @@ def drop_idle(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in SHAPED_AS and isinstance(node.meta.get("val"), Tensor):
+            node.meta[WRITTEN_AS] = node.target.overloadpacket.__name__
             node.target = SHAPED_AS[node.target]
             node.args, node.kwargs = (node.args[0], list(node.meta["val"].shape)), {}
 

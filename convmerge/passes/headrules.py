@@ -18,6 +18,7 @@ from torch.fx.node import Node
 from convmerge.affine import Dims
 from convmerge.errors import Refusal
 from convmerge.evidence.capture import Call
+from convmerge.evidence.tracing import WRITTEN_AS
 from convmerge.recognise import Context, Filter, recognise
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -108,7 +109,8 @@ def rule_for(call: Call) -> Rule | None:
         return _kept if _is_pointwise(call) else None
     if call.op in RULES:
         return RULES[call.op]
-    each = call.op in ELEMENTWISE | COPIES or torch.Tag.pointwise in getattr(call.node.target, "tags", ())
+    each = call.node.meta.get(WRITTEN_AS, call.op) in ELEMENTWISE | COPIES
+    each = each or torch.Tag.pointwise in getattr(call.node.target, "tags", ())
     return _elementwise if each else None
 
 

@@ -76,9 +76,12 @@ def other_sizes(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
 
 
 def _other_lengths(inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
-    """The second dimension of a first tensor of two or three, smaller or larger, wherever a tensor has it."""
+    """The second dimension of a first tensor of tokens, smaller or larger, wherever a tensor has it.
+
+    Tokens are (batch, length) of numbers that are no features, or (batch, length, features).
+    """
     first = next(iter(_tensors(inputs)), None)
-    if first is None or first.dim() not in (2, 3):
+    if first is None or first.dim() != (3 if first.is_floating_point() else 2):
         return
     given = first.shape[1]
     for length in dict.fromkeys([SIDES[0](given, 0), 2 * given + 1]):
