@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -106,15 +107,7 @@ def _plain(
         form = form.with_bias(torch.zeros(form.geometry.out_channels, dtype=torch.float64))
     elif form.geometry != site.geometry:  # a bias turned out to be zero
         emission = decider.planner.way_to_build(form.geometry, site)
-    exact = emit.build(form, emission, torch.float64)
-    layer = emit.build(
-        form,
-        emission,
-        style.dtype,
-        device=style.device,
-        requires_grad=style.requires_grad,
-        memory_format=style.memory_format,
-    )
+    exact, layer = style.both(partial(emit.build, form, emission))
     ends_flat = emission.layers[0].kind == "flatten"
     if not ends_flat and len(site.home_place.shape) != len(decider.evidence.size(site.home.target)):
         layer, exact = _flattened(layer), _flattened(exact)
@@ -124,16 +117,7 @@ def _plain(
 def _bordered(site: Site, b: Bordered, style: _Style) -> tuple[nn.Module, nn.Module]:
     """An interior kernel and border kernels, in float64 and in the dtype of ``style``."""
     forms = border_numbers(site.elements, site.place)
-    exact = build_bordered(b, forms, torch.float64)
-    layer = build_bordered(
-        b,
-        forms,
-        style.dtype,
-        device=style.device,
-        requires_grad=style.requires_grad,
-        memory_format=style.memory_format,
-    )
-    return exact, layer
+    return style.both(partial(build_bordered, b, forms))
 
 
 def _sized(decider: Decider, site: Site, s: Sized, style: _Style) -> tuple[nn.Module, nn.Module]:
@@ -145,33 +129,13 @@ def _sized(decider: Decider, site: Site, s: Sized, style: _Style) -> tuple[nn.Mo
     if s.edge is not None:
         first, *rest = site.elements
         edge = fold_numbers(rest, after(site.place, geometry_of(first, site.place)))
-    exact = build_sized(s, form, edge, torch.float64)
-    layer = build_sized(
-        s,
-        form,
-        edge,
-        style.dtype,
-        device=style.device,
-        requires_grad=style.requires_grad,
-        memory_format=style.memory_format,
-    )
-    return exact, layer
+    return style.both(partial(build_sized, s, form, edge))
 
 
 def _parallel(site: Site, p: Parallel, style: _Style) -> tuple[nn.Module, nn.Module]:
     """Layers side by side, in float64 and in the dtype of ``style``."""
     assert site.blocks is not None
-    forms = site.blocks.forms()
-    exact = build_parallel(p, forms, torch.float64)
-    layer = build_parallel(
-        p,
-        forms,
-        style.dtype,
-        device=style.device,
-        requires_grad=style.requires_grad,
-        memory_format=style.memory_format,
-    )
-    return exact, layer
+    return style.both(partial(build_parallel, p, site.blocks.forms()))
 
 
 def _flattened(layer: nn.Module) -> nn.Module:
@@ -199,6 +163,16 @@ class _Style:
     device: torch.device
     requires_grad: bool
     memory_format: torch.memory_format
+
+    def both(self, build: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module]:
+        """What ``build`` makes, in float64 and in this style."""
+        layer = build(
+            self.dtype,
+            device=self.device,
+            requires_grad=self.requires_grad,
+            memory_format=self.memory_format,
+        )
+        return build(torch.float64), layer
 
 
 def _style(decider: Decider, site: Site) -> _Style:

@@ -37,6 +37,7 @@ from convmerge.render.text import text_parts
 from convmerge.report import Comparison, Counts, Report, SiteReport, Speedup, Verification
 
 GOLDEN = Path(__file__).parent / "golden"
+STYLE = re.compile("<style>(.*?)</style>", re.DOTALL)
 
 
 def conv_bn(block: int, channels: int, macs: int) -> SiteReport:
@@ -164,7 +165,12 @@ GOLDEN_CASES = {
     "verify-100.txt": show(VERIFY, 100),
     "bench-100.txt": show(BENCH, 100),
     **{f"{name}.md": markdown(document) for name, document in DOCUMENTS.items()},
-    **{f"{name}.html": html(document) for name, document in DOCUMENTS.items() if name != "check"},
+    **{
+        f"{name}.html": STYLE.sub("<style></style>", html(document))
+        for name, document in DOCUMENTS.items()
+        if name != "check"
+    },
+    "style.css": STYLE.findall(html(VERIFY))[0],
 }
 
 
