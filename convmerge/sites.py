@@ -109,15 +109,15 @@ def _denial_row(decider: Decider, denial: Denial) -> SiteReport:
 def comparison(before: Cost, after: Cost) -> str:
     """The figure that speaks most clearly against the merge."""
     if after.macs > before.macs:
-        return f"{_ratio(after.macs, before.macs)} the MACs"
+        return _times(after.macs, before.macs, "MACs")
     if after.weights > before.weights and after.latency <= before.latency:
-        return f"{_ratio(after.weights, before.weights)} the weights"
+        return _times(after.weights, before.weights, "weights")
     word = "measured" if before.measured and after.measured else "predicted"
-    return f"{_ratio(after.latency, before.latency)} the {word} time"
+    return _times(after.latency, before.latency, f"{word} time")
 
 
-def _ratio(after: float, before: float) -> str:
-    return f"{after / before:.2f}×" if before else "more than"
+def _times(after: float, before: float, what: str) -> str:
+    return f"{after / before:.2f}× the {what}" if before else f"{what} where there was none"
 
 
 def figures(before: Cost, after: Cost) -> dict[str, Any]:

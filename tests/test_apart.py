@@ -152,3 +152,24 @@ def test_mobilevit_v2_keeps_no_batch_norm() -> None:
     assert "batch_norm" not in models.operators(result.model, x.double()), reasons(result)
     before, after = result.report.before, result.report.after
     assert after.macs < 0.88 * before.macs
+
+
+class Tokens(nn.Module):
+    """Reads the number of channels off the map, and mixes its positions as tokens."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
+        return (q.sigmoid() * k.tanh() + v.relu()).reshape(batch, height * width, channels)
+
+
+def test_views_meet_the_channels_that_code_may_have_read() -> None:
+    model = randomised(nn.Sequential(nn.BatchNorm2d(512), Tokens(512)))
+    result = fused(model, random(1, 512, 7, 7))
+    assert isinstance(result.model[0], nn.Identity)
+    x = random(2, 512, 8, 5)
+    assert_close(result.model(x), model(x))

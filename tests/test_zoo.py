@@ -35,15 +35,15 @@ REAL: dict[str, dict[str, int]] = {
     "torchvision/mobilenet_v2": {"conv": 52, "linear": 1, "batch_norm": 0, "add": 10},
     "torchvision/densenet121": {"conv": 120, "linear": 1, "batch_norm": 62},
     "torchvision/googlenet": {"conv": 39, "linear": 1, "batch_norm": 0},
-    "torchvision/deeplabv3_resnet50": {"conv": 61, "batch_norm": 0, "add": 16},
-    "timm/resnetv2_50x1_bit": {"conv": 54, "batch_norm": 0, "add": 16},
+    "torchvision/deeplabv3_resnet50": {"conv": 63, "batch_norm": 0, "add": 20},
+    "timm/resnetv2_50x1_bit": {"conv": 53, "batch_norm": 0, "add": 16},
     "timm/xception41": {"conv": 84, "linear": 1, "batch_norm": 0, "add": 12},
     "timm/mobilenetv2_100": {"conv": 52, "linear": 1, "batch_norm": 0, "add": 10},
     "timm/repvgg_a0": {"conv": 22, "linear": 1, "batch_norm": 0, "add": 0},
     "timm/mobileone_s1": {"conv": 43, "linear": 1, "batch_norm": 0, "add": 0},
     "timm/fastvit_t8": {"conv": 52, "linear": 1, "batch_norm": 0},
     "timm/repghostnet_100": {"conv": 95, "linear": 1, "batch_norm": 0, "add": 16},
-    "torchsr/edsr_baseline": {"conv": 37, "batch_norm": 0, "add": 17},
+    "torchsr/edsr_baseline": {"conv": 44, "batch_norm": 0, "add": 17},
     "sesr": {"conv": 7},
     "span": {"conv": 9, "pad": 0},
 }
@@ -101,7 +101,7 @@ def test_chains_of_real_models_merge_where_that_pays_and_are_kept_where_not(name
     assert report.saving.latency_after < report.saving.latency_before
     reasons = [site.reason for site in report.sites if site.action == "keep"]
     assert len(reasons) >= kept, reasons
-    assert all("× the" in reason for reason in reasons), reasons
+    assert all("× the" in r or "where there was none" in r for r in reasons), reasons
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ pointwise forms move past.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -81,10 +82,13 @@ def homes(geometries: Geometries, runs: Sequence[Run], possible: Sequence[bool])
     solid = [index for index in range(len(runs)) if possible[index] and index not in gaps]
     least = min((positions[index] for index in range(len(runs)) if index not in gaps), default=math.inf)
     if not fixed:
-        # The fewest positions; of equals where views meet as many channels as before, which code may have
-        # written into them; of these the last, so that nothing large is computed early.
+        # The fewest positions; of equals the last, so that nothing large is computed early. Views must meet
+        # as many channels as before where they can: code may have read that number off the map before them.
         wanted = [i for i in ends or gaps if positions[i] < least] + ([] if ends else solid)
-        found = sorted(wanted, key=lambda index: (positions[index], _changed(geometries, index), -index))
+        changed = {index: _changed(geometries, index) for index in wanted}
+        if _relaid(geometries):
+            wanted = [index for index in wanted if changed[index] == min(changed.values())]
+        found = sorted(wanted, key=lambda index: (positions[index], changed[index], -index))
     else:
         found = [] if ends else [index for index in fixed if possible[index]]
     if not found and ends:
@@ -92,6 +96,12 @@ def homes(geometries: Geometries, runs: Sequence[Run], possible: Sequence[bool])
     if not found:
         raise Refusal("a term of the sum ends in no filter that it could merge with")
     return found
+
+
+def _relaid(geometries: Geometries) -> bool:
+    """Whether views stand between the runs, which change the axes of the map."""
+    places = [place for place, _ in geometries]
+    return any((a.axis, len(a.shape)) != (b.axis, len(b.shape)) for a, b in itertools.pairwise(places))
 
 
 def _changed(geometries: Geometries, home: int) -> int:
