@@ -170,7 +170,6 @@ GOLDEN_CASES = {
         for name, document in DOCUMENTS.items()
         if name != "check"
     },
-    "style.css": STYLE.findall(html(VERIFY))[0],
 }
 
 
